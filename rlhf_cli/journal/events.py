@@ -1,0 +1,204 @@
+"""Everything the journal can say, one model per event. An event is written once and never changed."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from rlhf_cli.types import Completion, Group, Message, Prompt, WinMatrix
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _pack(values: tuple[float, ...]) -> str:
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
+
+
+def _unpack(text: str) -> tuple[float, ...]:
+    return tuple(np.frombuffer(base64.b64decode(text), dtype="<f4").tolist())
+
+
+class CompletionRecord(_Event):
+    """A completion on disk; log-probabilities as base64 of little-endian float32, so that they come back bit for bit."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logps: str
+    ref_logps: str
+    ended: bool
+
+
+class RunStarted(_Event):
+    type: Literal["run_started"] = "run_started"
+    run_id: str
+    name: str
+    seed: int
+    version: str
+    """Of rlhf itself; the other versions are in environment.json."""
+
+
+class StageStarted(_Event):
+    type: Literal["stage_started"] = "stage_started"
+    stage: str
+    fingerprint: str
+    """Of everything that the stage's result follows from: recipe keys and the content of its data files."""
+    attempt: int = 1
+    """Counts up with --fresh; groups of earlier attempts are history, not state."""
+    resumed_from_step: int | None = None
+
+
+class StageFinished(_Event):
+    type: Literal["stage_finished"] = "stage_finished"
+    stage: str
+    fingerprint: str
+    seconds: float
+    summary: dict[str, float | str | None] = {}
+    """The few figures a person would quote."""
+
+
+class FlowOpened(_Event):
+    type: Literal["flow_opened"] = "flow_opened"
+    flow_id: str
+    service: str
+    fingerprint: str
+    instruction: str
+    min_votes: int
+    desired_votes: int
+    max_votes: int
+    ttl_s: float
+
+
+class GroupSampled(_Event):
+    type: Literal["group_sampled"] = "group_sampled"
+    group_id: str
+    index: int
+    prompt_id: str
+    messages: tuple[tuple[str, str], ...]
+    prompt_ids: tuple[int, ...]
+    completions: tuple[CompletionRecord, ...]
+    policy_step: int
+
+    @classmethod
+    def of(cls, group: Group) -> GroupSampled:
+        return cls(
+            group_id=group.id,
+            index=group.index,
+            prompt_id=group.prompt.id,
+            messages=tuple((m.role, m.content) for m in group.prompt.messages),
+            prompt_ids=group.prompt_ids,
+            completions=tuple(
+                CompletionRecord(
+                    text=c.text,
+                    token_ids=c.token_ids,
+                    logps=_pack(c.logps),
+                    ref_logps=_pack(c.ref_logps),
+                    ended=c.ended,
+                )
+                for c in group.completions
+            ),
+            policy_step=group.policy_step,
+        )
+
+    def group(self) -> Group:
+        return Group(
+            id=self.group_id,
+            index=self.index,
+            prompt=Prompt(self.prompt_id, tuple(Message(role, content) for role, content in self.messages)),
+            prompt_ids=self.prompt_ids,
+            completions=tuple(
+                Completion(c.text, c.token_ids, _unpack(c.logps), _unpack(c.ref_logps), c.ended)
+                for c in self.completions
+            ),
+            policy_step=self.policy_step,
+        )
+
+
+class GroupIntended(_Event):
+    """About to buy an item for the group. From here on, a restart looks the item up before it creates one."""
+
+    type: Literal["group_intended"] = "group_intended"
+    group_id: str
+    key: str
+    """Idempotency key, the same after every restart."""
+
+
+class DatasetCreated(_Event):
+    type: Literal["dataset_created"] = "dataset_created"
+    group_id: str
+    dataset_id: str
+
+
+class GroupSubmitted(_Event):
+    type: Literal["group_submitted"] = "group_submitted"
+    group_id: str
+    dataset_id: str
+    item_id: str
+
+
+class GroupRanked(_Event):
+    """The first terminal snapshot of the votes on a group; what trains, if the group trains."""
+
+    type: Literal["group_ranked"] = "group_ranked"
+    group_id: str
+    source: str
+    wins: tuple[tuple[float, ...], ...]
+    latency_s: float
+    complete: bool
+
+    def matrix(self) -> WinMatrix:
+        return WinMatrix(self.wins)
+
+
+class GroupSetAside(_Event):
+    """The group will not be trained on."""
+
+    type: Literal["group_set_aside"] = "group_set_aside"
+    group_id: str
+    reason: str
+
+
+class StepTrained(_Event):
+    type: Literal["step_trained"] = "step_trained"
+    step: int
+    """Counts from 1."""
+    group_ids: tuple[str, ...]
+
+
+class CheckpointSaved(_Event):
+    type: Literal["checkpoint_saved"] = "checkpoint_saved"
+    step: int
+    path: str
+    """Relative to the run folder."""
+
+
+class RunStopped(_Event):
+    """The process ended in order, early or not; a journal without it at the end belongs to a killed process."""
+
+    type: Literal["run_stopped"] = "run_stopped"
+    exit_code: int
+    reason: str
+
+
+Event = Annotated[
+    RunStarted
+    | StageStarted
+    | StageFinished
+    | FlowOpened
+    | GroupSampled
+    | GroupIntended
+    | DatasetCreated
+    | GroupSubmitted
+    | GroupRanked
+    | GroupSetAside
+    | StepTrained
+    | CheckpointSaved
+    | RunStopped,
+    Field(discriminator="type"),
+]
+
+event_adapter: TypeAdapter[Event] = TypeAdapter(Event)
