@@ -1,0 +1,98 @@
+"""metrics.jsonl: one object per step, under the metric names that scripts and trackers see."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.journal.observe import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a metric is shown; `form` is a format specification such as `.2f`."""
+
+    label: str
+    unit: str
+    help: str
+    form: str
+
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("reward", "", "Mean score of freshly sampled completions.", ".3f"),
+    "reward/std": Metric("reward spread", "", "Standard deviation of that score.", ".3f"),
+    "kl/sequence_nats": Metric("KL", "nats", "KL from the reference, per completion.", ".2f"),
+    "kl/token_nats": Metric("KL per token", "nats", "KL from the reference, per token.", ".4f"),
+    "train/loss": Metric("loss", "nats", "Negative log-likelihood of the votes, per vote.", ".4f"),
+    "train/accuracy": Metric("agreement", "", "Share of votes that the policy's implicit reward agrees with.", ".3f"),
+    "train/margin": Metric("margin", "", "Implicit reward of the preferred completion above the other.", ".4f"),
+    "train/grad_norm": Metric("gradient norm", "", "Norm of the gradient before clipping.", ".3f"),
+    "train/learning_rate": Metric("learning rate", "", "Step size of the optimiser.", ".2e"),
+    "train/beta": Metric("beta", "", "How strongly the policy is held to the reference.", ".3f"),
+    "length/mean_tokens": Metric("length", "tokens", "Mean length of sampled completions.", ".1f"),
+    "length/ended_frac": Metric("ended", "", "Share of completions that ended by themselves.", ".2f"),
+    "staleness/mean_steps": Metric("staleness", "steps", "Age of the policy that sampled what trained, mean.", ".2f"),
+    "staleness/max_steps": Metric("staleness, oldest", "steps", "Age of the oldest group that trained.", ".0f"),
+    "flow/in_flight": Metric("in flight", "groups", "Groups that people are voting on.", ".0f"),
+    "flow/votes_total": Metric("votes, total", "votes", "Votes received since the start.", ".0f"),
+    "flow/votes_step": Metric("votes", "votes", "Votes behind this step.", ".0f"),
+    "flow/votes_per_group": Metric("votes per group", "votes", "Mean votes per group of this step.", ".1f"),
+    "flow/incomplete_frac": Metric("incomplete", "", "Share of groups that ended below the minimum of votes.", ".2f"),
+    "flow/set_aside_total": Metric("set aside", "groups", "Groups that will never train, each with a reason.", ".0f"),
+    "flow/latency_p50_s": Metric("latency p50", "s", "Median time from asking to the answer.", ".2f"),
+    "flow/latency_p95_s": Metric("latency p95", "s", "95th percentile of that time.", ".2f"),
+    "flow/votes_per_min": Metric("votes per minute", "votes", "Rate at which votes arrive.", ".0f"),
+    "flow/min_votes": Metric("minimum", "votes", "Votes a group needs to be complete.", ".0f"),
+    "flow/desired_votes": Metric("desired", "votes", "Votes a group should get.", ".0f"),
+    "flow/max_votes": Metric("maximum", "votes", "Votes a group can get at most.", ".0f"),
+    "time/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
+    "time/generate_s": Metric("generate", "s", "Sampling completions.", ".2f"),
+    "time/reference_s": Metric("reference", "s", "Log-probabilities under policy and reference.", ".2f"),
+    "time/wait_s": Metric("wait", "s", "Waiting for votes.", ".2f"),
+    "time/train_s": Metric("train", "s", "Learner update.", ".2f"),
+    "time/sync_s": Metric("sync", "s", "Copying weights to the generator.", ".2f"),
+    "cost/usd": Metric("cost", "USD", "Spent on votes.", ".2f"),
+    "run/steps_total": Metric("steps", "steps", "Steps planned.", ".0f"),
+}
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and shows them. A lost row is only a gap in a chart, so there is no fsync."""
+
+    def __init__(self, path: Path, observers: Sequence[Observer] = ()) -> None:
+        self.path = path
+        self._observers = tuple(observers)
+        if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+            with path.open("ab") as out:  # a crash left half a row: the next one must not be glued to it
+                out.write(b"\n")
+
+    def append(self, step: int, row: Mapping[str, float]) -> None:
+        """Write the row of `step`; a repeated step replaces the earlier row for readers.
+
+        Values that are not finite become null: JSON has no NaN, and a gap is what they are.
+        """
+        values = {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
+        line = json.dumps({"step": step, "at": time.time(), **values}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+        for observer in self._observers:
+            observer.on_metrics(step, row)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows by step, ascending; the last row of a step wins, half-written lines are skipped. Empty without a file."""
+    rows: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:  # also bytes that are no UTF-8
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]

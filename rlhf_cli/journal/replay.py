@@ -1,0 +1,202 @@
+"""From the events of a journal to the state of the run: a fold, without side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from rlhf_cli.errors import RunDamaged
+from rlhf_cli.journal.events import (
+    CheckpointSaved,
+    DatasetCreated,
+    Event,
+    FlowOpened,
+    GroupIntended,
+    GroupRanked,
+    GroupSampled,
+    GroupSetAside,
+    GroupSubmitted,
+    RunStarted,
+    RunStopped,
+    StageFinished,
+    StageStarted,
+    StepTrained,
+)
+from rlhf_cli.journal.journal import Entry
+
+ONLINE = "run-online"
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    fingerprint: str
+    summary: dict[str, float | str | None]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """The life of one group so far; what has not happened yet is None."""
+
+    sampled: GroupSampled
+    key: str | None = None
+    intended_at: float | None = None
+    """Unix time of the intent: an item that a crash left unrecorded was created after it."""
+    dataset_id: str | None = None
+    item_id: str | None = None
+    submitted_at: float | None = None
+    ranked: GroupRanked | None = None
+    """The first terminal snapshot; later ones never replace it."""
+    ranked_seq: int = -1
+    """Place of that snapshot in the journal: steps take groups in this order."""
+    set_aside: str | None = None
+    step: int | None = None
+    """The step that trained on it."""
+
+    @property
+    def open(self) -> bool:
+        """Still waiting for votes, or for being asked about."""
+        return self.ranked is None and self.set_aside is None
+
+    @property
+    def ready(self) -> bool:
+        """Ranked and waiting for its step."""
+        return self.ranked is not None and self.set_aside is None and self.step is None
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What the journal says. `groups`, `steps` and `checkpoint` belong to the current attempt of run-online."""
+
+    started: RunStarted | None = None
+    stages: dict[str, StageDone] = field(default_factory=dict)
+    """Stages that finished and were not started again since, by name."""
+    current: StageStarted | None = None
+    """The stage that was started last and has not finished."""
+    flow: FlowOpened | None = None
+    attempt: int = 0
+    """Of run-online; 0 before its first start."""
+    groups: dict[str, GroupState] = field(default_factory=dict)
+    """In the order they were sampled."""
+    steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    checkpoint: CheckpointSaved | None = None
+    votes_total: float = 0.0
+    """People's votes in the journal, those of earlier attempts too: what was paid stays paid."""
+    stopped: RunStopped | None = None
+    """How the last process ended; None while one runs, or after one was killed."""
+
+    @property
+    def run_id(self) -> str | None:
+        return self.started.run_id if self.started else None
+
+    @property
+    def next_index(self) -> int:
+        """Index of the next group to sample."""
+        return max((g.sampled.index for g in self.groups.values()), default=-1) + 1
+
+    @property
+    def open_groups(self) -> tuple[GroupState, ...]:
+        """Groups without an outcome, in the order they were sampled."""
+        return tuple(g for g in self.groups.values() if g.open)
+
+    @property
+    def ready_groups(self) -> tuple[GroupState, ...]:
+        """Groups ranked but not yet trained on, in the order they were ranked."""
+        return tuple(sorted((g for g in self.groups.values() if g.ready), key=lambda g: g.ranked_seq))
+
+
+def replay(entries: Iterable[Entry]) -> RunState:
+    """Fold the entries of a journal into the state of the run.
+
+    Raises:
+        RunDamaged: The events contradict each other: an event of an unknown group, a group sampled twice or trained in
+            two steps, a step repeated with other groups. The message names the line.
+    """
+    state = RunState()
+    for entry in entries:
+        state = _after(state, entry)
+    return state
+
+
+def _after(state: RunState, entry: Entry) -> RunState:
+    event: Event = entry.event
+    match event:
+        case RunStarted():
+            if state.started is not None and state.started.run_id != event.run_id:
+                raise _damaged(entry, f"run {event.run_id} starts in the journal of run {state.started.run_id}")
+            return replace(state, started=event, stopped=None)
+        case StageStarted():
+            stages = {name: done for name, done in state.stages.items() if name != event.stage}
+            state = replace(state, stages=stages, current=event, stopped=None)
+            if event.stage != ONLINE or event.attempt == state.attempt:
+                return state
+            return replace(state, attempt=event.attempt, groups={}, steps={}, checkpoint=None)
+        case StageFinished():
+            done = StageDone(event.fingerprint, event.summary, event.seconds)
+            open_stage = None if state.current and state.current.stage == event.stage else state.current
+            return replace(state, stages={**state.stages, event.stage: done}, current=open_stage)
+        case FlowOpened():
+            return replace(state, flow=event)
+        case StepTrained():
+            return _trained(state, entry, event)
+        case CheckpointSaved():
+            return replace(state, checkpoint=event)
+        case RunStopped():
+            return replace(state, stopped=event)
+        case _:
+            return _group(state, entry, event)
+
+
+def _group(
+    state: RunState,
+    entry: Entry,
+    event: GroupSampled | GroupIntended | DatasetCreated | GroupSubmitted | GroupRanked | GroupSetAside,
+) -> RunState:
+    # The dicts below belong to this fold alone, so they are updated in place: replaying stays linear in the journal.
+    if isinstance(event, GroupSampled):
+        if event.group_id in state.groups:
+            raise _damaged(entry, f"group {event.group_id} is sampled a second time")
+        state.groups[event.group_id] = GroupState(event)
+        return state
+    group = state.groups.get(event.group_id)
+    if group is None:
+        raise _damaged(entry, f"{event.type} of group {event.group_id}, which was never sampled")
+    match event:
+        case GroupIntended():
+            group = replace(group, key=event.key, intended_at=entry.at)
+        case DatasetCreated():
+            group = replace(group, dataset_id=event.dataset_id)
+        case GroupSubmitted():
+            group = replace(group, dataset_id=event.dataset_id, item_id=event.item_id, submitted_at=entry.at)
+        case GroupSetAside():
+            if group.step is not None:
+                raise _damaged(entry, f"group {event.group_id} is set aside after it trained in step {group.step}")
+            group = replace(group, set_aside=event.reason)
+        case GroupRanked() if group.ranked is None:
+            group = replace(group, ranked=event, ranked_seq=entry.seq)
+            votes = event.matrix().votes if event.source.startswith("item:") else 0.0
+            state = replace(state, votes_total=state.votes_total + votes)
+    state.groups[event.group_id] = group
+    return state
+
+
+def _trained(state: RunState, entry: Entry, event: StepTrained) -> RunState:
+    before = state.steps.get(event.step)
+    if before is not None and before != event.group_ids:
+        raise _damaged(entry, f"step {event.step} is trained again with other groups than the first time")
+    for group_id in event.group_ids:
+        group = state.groups.get(group_id)
+        if group is None or group.ranked is None or group.set_aside is not None:
+            raise _damaged(entry, f"step {event.step} trained on group {group_id}, which has no usable votes")
+        if group.step is not None and group.step != event.step:
+            raise _damaged(entry, f"group {group_id} is trained in step {group.step} and again in step {event.step}")
+        state.groups[group_id] = replace(group, step=event.step)
+    state.steps[event.step] = event.group_ids
+    return state
+
+
+def _damaged(entry: Entry, what: str) -> RunDamaged:
+    return RunDamaged(
+        f"journal line {entry.seq + 1}: {what}. The run cannot be continued from this journal; "
+        "start anew with --fresh or in another run folder with --run-dir."
+    )

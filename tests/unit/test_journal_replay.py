@@ -1,0 +1,185 @@
+"""Replaying a journal gives the state to go on from, or says where the journal contradicts itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_cli.errors import RunDamaged
+from rlhf_cli.journal.events import (
+    CheckpointSaved,
+    DatasetCreated,
+    Event,
+    FlowOpened,
+    GroupIntended,
+    GroupRanked,
+    GroupSampled,
+    GroupSetAside,
+    GroupSubmitted,
+    RunStarted,
+    RunStopped,
+    StageFinished,
+    StageStarted,
+    StepTrained,
+)
+from rlhf_cli.journal.journal import Entry
+from rlhf_cli.journal.replay import RunState, replay
+
+
+def run(*events: Event) -> RunState:
+    return replay(Entry(seq, 100.0 + seq, event) for seq, event in enumerate(events))
+
+
+def online(attempt: int = 1, resumed_from_step: int | None = None) -> StageStarted:
+    return StageStarted(stage="run-online", fingerprint="f", attempt=attempt, resumed_from_step=resumed_from_step)
+
+
+def sampled(group_id: str, index: int) -> GroupSampled:
+    return GroupSampled(
+        group_id=group_id, index=index, prompt_id="p", messages=(), prompt_ids=(), completions=(), policy_step=0
+    )
+
+
+def ranked(group_id: str, source: str = "item:x", votes: float = 3) -> GroupRanked:
+    return GroupRanked(group_id=group_id, source=source, wins=((0, votes), (0, 0)), latency_s=1, complete=True)
+
+
+def test_an_empty_journal_is_a_run_that_has_not_begun() -> None:
+    state = replay([])
+
+    assert (state.run_id, state.next_index, state.votes_total, state.attempt) == (None, 0, 0, 0)
+
+
+def test_a_group_remembers_its_whole_life() -> None:
+    state = run(
+        online(),
+        sampled("a", 0),
+        GroupIntended(group_id="a", key="key-a"),
+        DatasetCreated(group_id="a", dataset_id="d"),
+        GroupSubmitted(group_id="a", dataset_id="d", item_id="i"),
+        ranked("a"),
+        StepTrained(step=1, group_ids=("a",)),
+    )
+    group = state.groups["a"]
+
+    assert (group.key, group.intended_at, group.dataset_id, group.item_id) == ("key-a", 102.0, "d", "i")
+    assert (group.submitted_at, group.step, group.open, group.ready) == (104.0, 1, False, False)
+
+
+def test_open_ready_and_next_index_are_what_a_resume_needs() -> None:
+    state = run(
+        online(),
+        *(sampled(name, index) for index, name in enumerate("abcde")),
+        ranked("d"),
+        ranked("a"),
+        ranked("b"),
+        GroupSetAside(group_id="e", reason="no votes"),
+        StepTrained(step=1, group_ids=("b",)),
+        CheckpointSaved(step=1, path="online/checkpoints/step-000001"),
+    )
+
+    assert [g.sampled.group_id for g in state.ready_groups] == ["d", "a"]
+    assert [g.sampled.group_id for g in state.open_groups] == ["c"]
+    assert (state.next_index, state.steps) == (5, {1: ("b",)})
+    assert state.groups["e"].set_aside == "no votes"
+    assert state.checkpoint is not None
+    assert state.checkpoint.step == 1
+
+
+def test_a_fresh_attempt_starts_with_no_groups_but_keeps_the_votes_that_were_paid() -> None:
+    state = run(
+        online(), sampled("a", 0), ranked("a", votes=5), CheckpointSaved(step=1, path="x"), online(2), sampled("a", 0)
+    )
+
+    assert state.attempt == 2
+    assert state.groups["a"].ranked is None
+    assert (state.checkpoint, state.votes_total) == (None, 5)
+
+
+def test_a_resume_keeps_the_groups_and_repeats_steps_with_the_same_ones() -> None:
+    state = run(
+        online(),
+        sampled("a", 0),
+        ranked("a"),
+        StepTrained(step=1, group_ids=("a",)),
+        online(resumed_from_step=0),
+        StepTrained(step=1, group_ids=("a",)),
+    )
+
+    assert state.steps == {1: ("a",)}
+
+
+def test_only_peoples_votes_are_counted_and_the_first_snapshot_stays() -> None:
+    state = run(
+        online(),
+        sampled("a", 0),
+        sampled("b", 1),
+        ranked("a"),
+        ranked("a", votes=9),
+        ranked("b", source="reward_model:1"),
+    )
+
+    assert state.votes_total == 3
+    assert state.groups["a"].ranked == ranked("a")
+
+
+def test_a_stage_is_done_until_it_is_started_again() -> None:
+    done = StageFinished(stage="sft", fingerprint="f", seconds=2, summary={"loss": 1.5})
+    state = run(RunStarted(run_id="r", name="n", seed=1, version="0"), done, RunStopped(exit_code=0, reason="done"))
+    assert (state.stages["sft"].fingerprint, state.stages["sft"].summary) == ("f", {"loss": 1.5})
+    assert state.stopped is not None
+    assert state.current is None
+
+    again = run(done, RunStopped(exit_code=0, reason="done"), StageStarted(stage="sft", fingerprint="g"))
+    assert again.stages == {}
+    assert again.current is not None
+    assert again.stopped is None
+
+
+def test_the_last_flow_opened_counts() -> None:
+    flows = [
+        FlowOpened(
+            flow_id=i,
+            service="embedded",
+            fingerprint="f",
+            instruction="?",
+            min_votes=1,
+            desired_votes=2,
+            max_votes=3,
+            ttl_s=9,
+        )
+        for i in ("one", "two")
+    ]
+
+    assert run(*flows).flow == flows[1]
+
+
+A, B = (sampled("a", 0), ranked("a")), (sampled("b", 1), ranked("b"))
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ((*A, sampled("a", 0)), "line 4: group a is sampled a second time"),
+        ((ranked("a"),), "line 2: group_ranked of group a, which was never sampled"),
+        ((sampled("a", 0), StepTrained(step=1, group_ids=("a",))), "line 3: step 1 trained on group a, which has no"),
+        ((StepTrained(step=1, group_ids=("zz",)),), "line 2: step 1 trained on group zz"),
+        (
+            (*A, StepTrained(step=1, group_ids=("a",)), StepTrained(step=2, group_ids=("a",))),
+            "line 5: group a is trained in step 1 and again in step 2",
+        ),
+        (
+            (*A, *B, StepTrained(step=1, group_ids=("a",)), StepTrained(step=1, group_ids=("b",))),
+            "line 7: step 1 is trained again with other groups",
+        ),
+        ((*A, GroupSetAside(group_id="a", reason="old"), StepTrained(step=1, group_ids=("a",))), "no usable votes"),
+        ((*A, StepTrained(step=1, group_ids=("a",)), GroupSetAside(group_id="a", reason="old")), "set aside after"),
+    ],
+)
+def test_contradictions_are_refused_with_their_line(events: tuple[Event, ...], message: str) -> None:
+    with pytest.raises(RunDamaged, match=message):
+        run(online(), *events)
+
+
+def test_a_journal_of_two_runs_is_refused() -> None:
+    with pytest.raises(RunDamaged, match="run two starts in the journal of run one"):
+        run(*(RunStarted(run_id=i, name="n", seed=1, version="0") for i in ("one", "two")))
