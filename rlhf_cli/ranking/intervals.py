@@ -1,0 +1,90 @@
+"""Intervals over prompts: answers to one prompt share its luck, so the prompt is the unit that counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean, variance
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def clustered_mean(values_by_cluster: Sequence[Sequence[float]]) -> Estimate:
+    """Mean of the clusters' means, every cluster counting alike; clusters without values are left out.
+
+    With a single cluster nothing is known about the spread, and the bounds are infinite.
+
+    Raises:
+        ValueError: No cluster has a value.
+
+    Source: Student (1908) on the cluster means; the small-sample case of Bell and McCaffrey (2002) for a mean.
+    """
+    means = [fmean(values) for values in values_by_cluster if len(values)]
+    if not means:
+        raise ValueError("no values, so there is no mean")
+    mean = fmean(means)
+    if len(means) == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    half = t_quantile_975(len(means) - 1) * math.sqrt(variance(means) / len(means))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def win_rate(wins_losses_by_prompt: Sequence[tuple[float, float]]) -> Estimate:
+    """Mean over prompts of the share of comparisons won, a tie being half a win and half a loss.
+
+    The interval stays inside [0, 1] and keeps its width where every prompt went the same way.
+
+    Raises:
+        ValueError: No prompt has a comparison.
+
+    Source: Wilson (1927), with the effective sample size and t quantile of Korn and Graubard (1998) for clusters.
+    """
+    compared = [(wins, wins + losses) for wins, losses in wins_losses_by_prompt if wins + losses > 0]
+    if not compared:
+        raise ValueError("no comparisons, so there is no win rate")
+    shares = [wins / total for wins, total in compared]
+    prompts, rate = len(shares), fmean(shares)
+    if prompts == 1:
+        return Estimate(rate, 0.0, 1.0)
+    spread = variance(shares) / prompts
+    comparisons = sum(total for _, total in compared)
+    n = min(rate * (1 - rate) / spread, max(comparisons, prompts)) if spread > 1e-12 else prompts
+    t2 = t_quantile_975(prompts - 1) ** 2
+    middle = (rate + t2 / (2 * n)) / (1 + t2 / n)
+    half = math.sqrt(t2 * (rate * (1 - rate) / n + t2 / (4 * n * n))) / (1 + t2 / n)
+    return Estimate(rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)))
+
+
+@lru_cache(maxsize=256)
+def t_quantile_975(freedom: int) -> float:
+    """The value that Student's t with `freedom` degrees of freedom exceeds with probability 0.025.
+
+    Source: the finite series for the distribution, Abramowitz and Stegun (1964), 26.7.3 and 26.7.4, by bisection.
+    """
+    low, high = 1.9, 13.0
+    while high - low > 1e-10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _inside(middle, freedom) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def _inside(t: float, freedom: int) -> float:
+    """Probability that |T| <= t."""
+    theta = math.atan(t / math.sqrt(freedom))
+    cos2 = math.cos(theta) ** 2
+    odd = freedom % 2
+    term, total = (math.cos(theta) if odd else 1.0), 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= cos2 * k / (k + 1)
+    if not odd:
+        return math.sin(theta) * total
+    return 2 / math.pi * (theta + math.sin(theta) * total)
