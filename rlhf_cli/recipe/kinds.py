@@ -1,0 +1,104 @@
+"""Kinds of recipe values that pydantic has no word for: durations, services, and values that are not there yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values never change, and a docstring below a key documents it."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
+    )
+
+
+def problem(text: str, *keys: str) -> PydanticCustomError:
+    """A mistake in words that are shown as they are; `keys` are the keys of the section which it is about."""
+    return PydanticCustomError("problem", "{text}", {"text": text, "keys": keys})
+
+
+def not_yet(refused: Callable[[Any], bool], what: str, use: str) -> AfterValidator:
+    """Refuse values which the recipe language knows and no stage honours yet.
+
+    Args:
+        refused: Whether a value is one of those.
+        what: What is missing, with `{value}` for the value as written.
+        use: What to write instead.
+    """
+
+    def check(value: Any) -> Any:
+        if refused(value):
+            raise problem(f"{what.format(value=f'`{value}`')} not there yet in this version; use {use}")
+        return value
+
+    return AfterValidator(check)
+
+
+def in_order(section: BaseModel, *keys: str) -> None:
+    """Raise where a value is larger than the next one; None fits anywhere."""
+    for first, second in pairwise(keys):
+        low, high = getattr(section, first), getattr(section, second)
+        if low is not None and high is not None and low > high:
+            raise problem(f"{first} ({low}) is more than {second} ({high})", first, second)
+
+
+def one_of(*values: str) -> Callable[[Any], bool]:
+    """For `not_yet`: the value is one of these."""
+    return lambda value: value in values
+
+
+def more_than_one(value: int) -> bool:
+    """For `not_yet`: a count that needs more than there is."""
+    return value > 1
+
+
+def _seconds(value: object) -> object:
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise problem(f"expected a duration such as 90s, 30m or 2h, got {value!r}")
+        return float(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+def _service(value: str) -> str:
+    if value in ("embedded", "rapidata"):
+        return value
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise problem(f"expected embedded, rapidata or an address such as https://flow.example.org, got {value!r}")
+    if url.username or url.password:
+        raise problem("an address here holds no user name or password; name an environment variable in `token_env`")
+    if url.query or url.fragment:
+        raise problem("an address here ends before any ? or #")
+    return value.rstrip("/")
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_seconds),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
+"""Seconds; written as a number or as `90s`, `30m`, `2h`."""
+
+Service = Annotated[str, AfterValidator(_service)]
+"""`embedded`, `rapidata`, or the address of a flow server."""
+
+DataFile = Annotated[Path, Field(strict=False)]
+"""A file that has to exist; relative to the recipe that names it."""
+
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+"""The name of an environment variable that holds a secret, never the secret itself."""

@@ -1,0 +1,444 @@
+"""Every section and key of a recipe: its type, bounds, default and meaning, once; `docs/recipes.md` is made from it.
+
+Section names are command names. A section given with only its required keys is a vetted setting.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf_cli.recipe.kinds import (
+    DataFile,
+    Duration,
+    EnvironmentName,
+    Section,
+    Service,
+    in_order,
+    more_than_one,
+    not_yet,
+    one_of,
+    problem,
+)
+
+
+class Lora(Section):
+    """Train low-rank adapters on all linear layers instead of the weights themselves."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    """Rank of the adapters."""
+    alpha: int | None = Field(None, ge=1)
+    """Scale of the adapters; twice the rank when left out."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of adapter inputs dropped while training."""
+
+
+class FromScratch(Section):
+    """Build a tiny model from the texts of `sft`, for tests: its weights start random and its answers are a toy's."""
+
+    layers: int = Field(2, ge=1, le=16)
+    """Transformer layers."""
+    hidden: int = Field(64, ge=8, le=1024)
+    """Width of the hidden state; a multiple of `heads`."""
+    heads: int = Field(4, ge=1, le=64)
+    """Attention heads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden % self.heads:
+            raise problem(f"hidden ({self.hidden}) is not a multiple of heads ({self.heads})", "hidden", "heads")
+        return self
+
+
+class Model(Section):
+    """The model to improve, and which of its weights are trained."""
+
+    path: str | None = Field(None, min_length=1)
+    """A packaged model (`rlhf models ls`), a local folder, or a hub id; left out only with `from_scratch`."""
+    lora: Lora | None = None
+    """Train adapters; leave out to train the weights themselves."""
+    last_layers: int | None = Field(None, ge=1)
+    """Train only the last so many transformer layers; leave out to train all of them."""
+    from_scratch: FromScratch | None = None
+    """Build a tiny model instead of loading one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora is not None and self.last_layers is not None:
+            raise problem("last_layers and lora exclude each other: train either layers or adapters", "last_layers")
+        if self.path is not None and self.from_scratch is not None:
+            raise problem("from_scratch and path exclude each other: build a model or load one", "from_scratch")
+        if self.path is None and self.from_scratch is None:
+            raise problem("missing key 'path': a packaged model, a local folder or a hub id")
+        return self
+
+
+class Data(Section):
+    """What the policy is asked while it is trained and while it is measured."""
+
+    prompts: DataFile
+    """JSONL, one `{"prompt": text or messages}` a line: what the policy answers in `run_online`."""
+    heldout_prompts: DataFile | None = None
+    """The same, kept apart for `eval`."""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Longest prompt in tokens, chat template included; a longer one is an error, never cut."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning: the model that online training starts from and is compared with."""
+
+    dataset: DataFile
+    """JSONL of `{"messages"}`, `{"prompt", "completion"}` or `{"text"}`."""
+    heldout: DataFile | None = None
+    """The same, for the loss on texts that were not trained on."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps, whatever `epochs` says."""
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    batch_size: int = Field(8, ge=1)
+    """Conversations a step."""
+    max_length: int = Field(1024, ge=8)
+    """Longest conversation in tokens; the rest is cut off."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+
+
+class TrainRm(Section):
+    """A reward model, fitted to all votes of the data with the Bradley-Terry likelihood."""
+
+    dataset: DataFile
+    """JSONL of `{"prompt", "chosen", "rejected"}` or `{"prompt", "completions", "wins"}`."""
+    heldout: DataFile | None = None
+    """The same, for the accuracy on votes that were not trained on."""
+    kind: Annotated[
+        Literal["bradley_terry", "pairwise"],
+        not_yet(one_of("pairwise"), "a {value} preference model is", "bradley_terry"),
+    ] = "bradley_terry"
+    """`bradley_terry` scores one completion at a time; `pairwise` compares two."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps, whatever `epochs` says."""
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    batch_size: int = Field(8, ge=1)
+    """Groups a step."""
+    max_length: int = Field(1024, ge=8)
+    """Longest prompt and completion in tokens; a longer one loses the start of its prompt."""
+    centering: float = Field(0.01, ge=0)
+    """Weight of the squared mean reward of a group in the loss; keeps rewards near zero."""
+
+
+class Responses(Section):
+    """How many votes a group gets."""
+
+    min: int = Field(8, ge=1)
+    """Below this at the end of the time to live, the group is incomplete."""
+    desired: int = Field(12, ge=1)
+    """Enough: the service may stop asking here."""
+    max: int = Field(16, ge=1)
+    """Never more than this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "min", "desired", "max")
+        return self
+
+
+class Latency(Section):
+    """How long simulated raters take for a vote."""
+
+    p50: float = Field(2.0, ge=0)
+    """Seconds that half of the votes stay under."""
+    p95: float = Field(8.0, ge=0)
+    """Seconds that 95 of 100 votes stay under."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "p50", "p95")
+        return self
+
+
+class Crowd(Section):
+    """Simulated raters for the embedded service. They see what a person would see and vote over HTTP."""
+
+    raters: int = Field(40, ge=1, le=10_000)
+    """How many there are."""
+    taste: str = Field("kind", min_length=1)
+    """What they like."""
+    latency_s: Latency = Field(default_factory=Latency)
+    """How long they take for a vote."""
+    agreement: float = Field(0.72, ge=0.5, le=1)
+    """Share of votes that agree with the taste on an average pair."""
+    position_bias: float = Field(0.0, ge=-5, le=5)
+    """Added to the log-odds of the completion shown on the left."""
+    dropout: float = Field(0.02, ge=0, lt=1)
+    """Share of tasks that a rater takes and never answers."""
+
+
+class Flow(Section):
+    """Where people vote, and on what terms. One group of completions is one item of the flow."""
+
+    service: Service
+    """`embedded` (a server inside the run, with simulated raters), `rapidata`, or the address of a flow server."""
+    instruction: str = Field(min_length=1, max_length=2000)
+    """The question that a rater answers about two completions."""
+    responses: Responses = Field(default_factory=Responses)
+    """How many votes a group gets."""
+    ttl_s: float = Field(300.0, ge=10, le=3600)
+    """Time to live of an item, in seconds on the service's clock; at least 20 with `rapidata`."""
+    settle_s: float = Field(10.0, ge=0, le=600)
+    """How long a new item may take to show up in the service's list; waited before buying again after a doubt."""
+    poll_s: float = Field(1.0, gt=0, le=60)
+    """Time between two looks at the service."""
+    crowd: Crowd | None = None
+    """Simulated raters; only with `embedded`, and needed there."""
+    token_env: EnvironmentName | None = None
+    """Name of the environment variable that holds the access token."""
+    client_id_env: EnvironmentName | None = None
+    """Name of the environment variable that holds the client id."""
+    client_secret_env: EnvironmentName | None = None
+    """Name of the environment variable that holds the client secret."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.service == "rapidata" and self.ttl_s < 20:
+            raise problem(f"ttl_s ({self.ttl_s}) is below the 20 s that rapidata takes", "ttl_s")
+        if self.service == "embedded" and self.crowd is None:
+            raise problem(
+                "the embedded service needs simulated raters in this version; add `crowd: {}`, or give the address "
+                "of a server where people vote",
+                "service",
+            )
+        if self.service != "embedded" and self.crowd is not None:
+            raise problem(f"simulated raters vote only on the embedded service, this one is {self.service}", "crowd")
+        return self
+
+
+class Sampling(Section):
+    """How the policy samples a group."""
+
+    temperature: float | list[float] = 1.0
+    """One temperature, or several that the completions of a group take in turn."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest completion in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        temperatures = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        if not temperatures or not all(0 < t <= 10 for t in temperatures):
+            raise problem(
+                f"expected a number above 0 and at most 10, or a list of them, got {self.temperature}", "temperature"
+            )
+        return self
+
+
+class Dpo(Section):
+    """Online DPO: the likelihood of the votes, with beta times the log-ratio to the reference as the score."""
+
+    algorithm: Annotated[
+        Literal["dpo", "grpo", "rloo", "ppo"],
+        not_yet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo"),
+    ]
+    """How votes become a better policy."""
+    loss: Annotated[
+        Literal["sigmoid", "ipo"],
+        not_yet(one_of("ipo"), "the {value} loss is", "sigmoid"),
+    ] = "sigmoid"
+    """`sigmoid` is the Bradley-Terry likelihood."""
+    pairs: Literal["all", "best_worst"] = "all"
+    """`all` learns from every vote of a group; `best_worst` only from its best against its worst completion."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to the reference; larger holds tighter."""
+    learning_rate: float = Field(5e-6, gt=0, lt=1)
+    """Constant learning rate."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+
+
+Learner = Dpo  # the first member of a union on `algorithm`: Dpo | Grpo | Ppo
+
+
+class Staleness(Section):
+    """How old a vote may be."""
+
+    max_steps: int = Field(8, ge=0)
+    """A group sampled more learner steps ago than this is set aside."""
+
+
+class Kl(Section):
+    """Limits on how far the policy drifts from the reference, in nats a completion."""
+
+    soft_nats: float | None = Field(None, gt=0)
+    """Beyond this, beta is raised until the policy comes back."""
+    hard_nats: float | None = Field(None, gt=0)
+    """Beyond this, the run ends as `on_hard` says."""
+    on_hard: Annotated[
+        Literal["stop", "rollback"],
+        not_yet(one_of("rollback"), "{value} at the hard limit is", "stop"),
+    ] = "stop"
+    """`stop` ends the run with exit code 7 and keeps the last good checkpoint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "soft_nats", "hard_nats")
+        return self
+
+
+class RunOnline(Section):
+    """The loop: sample groups, ask for votes, learn from those that are there, while the next are being made."""
+
+    steps: int = Field(ge=1)
+    """Learner steps in all."""
+    prompts_per_step: int = Field(8, ge=1)
+    """Groups sampled and trained on a step."""
+    group_size: int = Field(8, ge=2, le=16)
+    """Completions of a prompt."""
+    max_in_flight: int = Field(48, ge=1)
+    """Groups out for votes at the same time."""
+    min_ready: int | None = Field(None, ge=1)
+    """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
+    feedback: Annotated[
+        Literal["votes", "reward_model", "hybrid", "function", "judge"],
+        not_yet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
+    ] = "votes"
+    """Who compares completions: people through the flow, or the reward model of `train_rm`."""
+    incomplete: Annotated[
+        Literal["use", "drop", "resubmit_once"],
+        not_yet(one_of("resubmit_once"), "{value} is", "use or drop"),
+    ] = "use"
+    """A group with some votes, but fewer than `responses.min`: learn from those it has, or drop it."""
+    sampling: Sampling = Field(default_factory=Sampling)
+    """How a group is sampled."""
+    learner: Learner = Field(default_factory=lambda: Dpo(algorithm="dpo"))
+    """How the policy learns from votes."""
+    staleness: Staleness = Field(default_factory=Staleness)
+    """How old a vote may be."""
+    kl: Kl = Field(default_factory=Kl)
+    """How far the policy may drift."""
+    checkpoint_every: int = Field(5, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept, the newest ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "prompts_per_step", "max_in_flight")
+        in_order(self, "min_ready", "max_in_flight")
+        if isinstance(self.sampling.temperature, list) and len(self.sampling.temperature) > self.group_size:
+            raise problem(
+                f"sampling.temperature has {len(self.sampling.temperature)} entries for a group_size of "
+                f"{self.group_size}",
+                "sampling",
+                "group_size",
+            )
+        return self
+
+
+class Budget(Section):
+    """What a run may spend; votes asked for count in advance. Reaching a limit ends the run with exit code 6."""
+
+    votes: int | None = Field(None, ge=1)
+    """Votes in all."""
+    usd: float | None = Field(None, gt=0)
+    """Money in all, at the price of `usd_per_1k_votes`."""
+    usd_per_1k_votes: float = Field(0.0, ge=0)
+    """Price of 1,000 votes."""
+    deadline: Duration | None = None
+    """Time for `run-online`, such as `90s`, `30m` or `2h`; a number is seconds."""
+
+    @property
+    def deadline_s(self) -> float | None:
+        return self.deadline
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.usd is not None and not self.usd_per_1k_votes:
+            raise problem("usd needs usd_per_1k_votes: without a price nothing would count against it", "usd")
+        return self
+
+
+class Gates(Section):
+    """What has to hold; exit code 5 otherwise."""
+
+    win_rate: float | None = Field(None, ge=0, le=1)
+    """Least share of comparisons won against the model of `eval.against`."""
+    kl_nats_max: float | None = Field(None, gt=0)
+    """Most drift from the reference, in nats a completion."""
+    reward_gain: float | None = None
+    """Least gain in mean reward."""
+
+
+class Eval(Section):
+    """Is the trained policy better than what it started from, and how sure is that?"""
+
+    judge: Annotated[
+        Literal["crowd", "reward_model", "judge", "flow"],
+        not_yet(one_of("judge"), "a {value} model is", "crowd, reward_model or flow"),
+    ]
+    """Who compares: the simulated `crowd`, the `reward_model` of `train_rm`, or the raters of the `flow`."""
+    against: Literal["sft"] = "sft"
+    """The model that the policy started from."""
+    answers_per_prompt: int = Field(2, ge=1, le=64)
+    """Answers of each model to each held-out prompt."""
+    gates: Gates = Field(default_factory=Gates)
+    """What has to hold."""
+
+
+class Compute(Section):
+    """What the run computes on."""
+
+    processes: Annotated[int, not_yet(more_than_one, "more than one process is", "1")] = Field(1, ge=1)
+    """Training processes on a machine."""
+    machines: Annotated[int, not_yet(more_than_one, "more than one machine is", "1")] = Field(1, ge=1)
+    """Machines."""
+    strategy: Annotated[
+        Literal["ddp", "fsdp2", "deepspeed"],
+        not_yet(one_of("fsdp2", "deepspeed"), "the {value} strategy is", "ddp"),
+    ] = "ddp"
+    """How processes share the work."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the weights while training; `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
+    generator: Annotated[
+        Literal["transformers", "vllm"], not_yet(one_of("vllm"), "the {value} generator is", "transformers")
+    ] = "transformers"
+    """What samples completions."""
+    generator_precision: Literal["same", "bf16"] = "same"
+    """`bf16` samples from a copy of the policy in bf16, refreshed every step."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; all cores when left out."""
+
+
+class Logging(Section):
+    """Where metrics go besides the run folder."""
+
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    """Trackers, each to be installed beside rlhf."""
+
+
+class Recipe(Section):
+    """A run from beginning to end."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Names the run folder, `runs/<name>`: letters, digits, dot, dash and underscore."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Where all randomness comes from."""
+    model: Model
+    data: Data
+    sft: Sft | None = None
+    train_rm: TrainRm | None = None
+    flow: Flow | None = None
+    run_online: RunOnline | None = None
+    budget: Budget = Field(default_factory=Budget)
+    eval: Eval | None = None
+    compute: Compute = Field(default_factory=Compute)
+    logging: Logging = Field(default_factory=Logging)
