@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -78,7 +79,9 @@ def _service(value: str) -> str:
         return value
     url = urlsplit(value)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise problem(f"expected embedded, rapidata or an address such as https://flow.example.org, got {value!r}")
+        near = difflib.get_close_matches(value, ["embedded", "rapidata"], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise problem(f"expected embedded, rapidata or an address such as https://flow.example.org{hint}")
     if url.username or url.password:
         raise problem("an address here holds no user name or password; name an environment variable in `token_env`")
     if url.query or url.fragment:

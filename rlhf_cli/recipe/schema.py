@@ -66,11 +66,13 @@ class Model(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lora is not None and self.last_layers is not None:
-            raise problem("last_layers and lora exclude each other: train either layers or adapters", "last_layers")
+            raise problem(
+                "last_layers and lora exclude each other: train either layers or adapters", "last_layers", "lora"
+            )
         if self.path is not None and self.from_scratch is not None:
-            raise problem("from_scratch and path exclude each other: build a model or load one", "from_scratch")
+            raise problem("from_scratch and path exclude each other: build a model or load one", "from_scratch", "path")
         if self.path is None and self.from_scratch is None:
-            raise problem("missing key 'path': a packaged model, a local folder or a hub id")
+            raise problem("missing key 'path': a packaged model, a local folder or a hub id", "path")
         return self
 
 
@@ -208,15 +210,18 @@ class Flow(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.service == "rapidata" and self.ttl_s < 20:
-            raise problem(f"ttl_s ({self.ttl_s}) is below the 20 s that rapidata takes", "ttl_s")
+            raise problem(f"ttl_s ({self.ttl_s}) is below the 20 s that rapidata takes", "ttl_s", "service")
         if self.service == "embedded" and self.crowd is None:
             raise problem(
                 "the embedded service needs simulated raters in this version; add `crowd: {}`, or give the address "
                 "of a server where people vote",
                 "service",
+                "crowd",
             )
         if self.service != "embedded" and self.crowd is not None:
-            raise problem(f"simulated raters vote only on the embedded service, this one is {self.service}", "crowd")
+            raise problem(
+                f"simulated raters vote only on the embedded service, this one is {self.service}", "crowd", "service"
+            )
         return self
 
 
@@ -363,7 +368,9 @@ class Budget(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.usd is not None and not self.usd_per_1k_votes:
-            raise problem("usd needs usd_per_1k_votes: without a price nothing would count against it", "usd")
+            raise problem(
+                "usd needs usd_per_1k_votes: without a price nothing would count against it", "usd", "usd_per_1k_votes"
+            )
         return self
 
 
