@@ -167,6 +167,8 @@ class StepTrained(_Event):
     step: int
     """Counts from 1."""
     group_ids: tuple[str, ...]
+    beta: float | None = None
+    """Of the learner in this step, so that a repeated step is the same step."""
 
 
 class CheckpointSaved(_Event):

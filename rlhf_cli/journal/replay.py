@@ -78,7 +78,7 @@ class RunState:
     """Of run-online; 0 before its first start."""
     groups: dict[str, GroupState] = field(default_factory=dict)
     """In the order they were sampled."""
-    steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    steps: dict[int, StepTrained] = field(default_factory=dict)
     checkpoint: CheckpointSaved | None = None
     votes_total: float = 0.0
     """People's votes in the journal, those of earlier attempts too: what was paid stays paid."""
@@ -182,7 +182,7 @@ def _group(
 
 def _trained(state: RunState, entry: Entry, event: StepTrained) -> RunState:
     before = state.steps.get(event.step)
-    if before is not None and before != event.group_ids:
+    if before is not None and before.group_ids != event.group_ids:
         raise _damaged(entry, f"step {event.step} is trained again with other groups than the first time")
     for group_id in event.group_ids:
         group = state.groups.get(group_id)
@@ -191,7 +191,7 @@ def _trained(state: RunState, entry: Entry, event: StepTrained) -> RunState:
         if group.step is not None and group.step != event.step:
             raise _damaged(entry, f"group {group_id} is trained in step {group.step} and again in step {event.step}")
         state.groups[group_id] = replace(group, step=event.step)
-    state.steps[event.step] = event.group_ids
+    state.steps[event.step] = event
     return state
 
 

@@ -1,0 +1,59 @@
+"""What the votes say about scores: pure functions that a reader can check by hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def win_matrix_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+    """Negative log-likelihood of the votes under Bradley-Terry, averaged over groups that have any, in nats per vote.
+
+    Args:
+        scores_BG: One score per completion, shape (B, G): beta * (logp - reference logp) for DPO, the reward for a
+            reward model. Groups smaller than G are padded; padding has no votes and so no weight.
+        wins_BGG: `wins[b, i, j]` votes preferred i over j; fractional, diagonal 0.
+
+    Returns:
+        A scalar; 0 with a gradient of 0 where no group has a vote.
+
+    Source: Bradley and Terry (1952); with the scores of DPO, the loss of Rafailov et al. (2023), eq. 7, over all votes.
+    """
+    margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
+    votes_B = wins_BGG.sum((1, 2))
+    nll_B = (wins_BGG * F.softplus(-margins_BGG)).sum((1, 2)) / votes_B.clamp(min=1e-9)
+    return nll_B.sum() / (votes_B > 0).sum().clamp(min=1)
+
+
+def best_worst(wins_BGG: Tensor) -> Tensor:
+    """Keep one pair per group: the completion with the highest share of won votes against the one with the lowest.
+
+    Args:
+        wins_BGG: Win matrices, shape (B, G, G).
+
+    Returns:
+        Matrices of the same shape with a single 1 each, or all 0 where every completion has the same share.
+    """
+    won_BG, lost_BG = wins_BGG.sum(2), wins_BGG.sum(1)
+    voted_BG = won_BG + lost_BG > 0
+    share_BG = won_BG / (won_BG + lost_BG).clamp(min=1e-9)
+    best_B = share_BG.masked_fill(~voted_BG, -1).argmax(1)
+    worst_B = share_BG.masked_fill(~voted_BG, 2).argmin(1)
+    rows = torch.arange(len(wins_BGG), device=wins_BGG.device)
+    pair_BGG = torch.zeros_like(wins_BGG)
+    pair_BGG[rows, best_B, worst_B] = (share_BG[rows, best_B] > share_BG[rows, worst_B]).to(wins_BGG.dtype)
+    return pair_BGG
+
+
+def vote_agreement(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+    """Share of all votes whose winner has the higher score; equal scores count half."""
+    margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
+    agrees_BGG = (margins_BGG > 0).to(wins_BGG.dtype) + 0.5 * (margins_BGG == 0)
+    return (wins_BGG * agrees_BGG).sum() / wins_BGG.sum().clamp(min=1e-9)
+
+
+def vote_margin(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+    """Mean score of a vote's winner above its loser."""
+    margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
+    return (wins_BGG * margins_BGG).sum() / wins_BGG.sum().clamp(min=1e-9)

@@ -1,0 +1,115 @@
+"""After every learner step: the journal first, then metrics and checkpoint."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_cli.errors import Diverged
+from rlhf_cli.journal.events import CheckpointSaved, StepTrained
+from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.metrics import MetricsWriter
+from rlhf_cli.journal.run_dir import RunDir
+from rlhf_cli.learner.dpo import GroupDPOTrainer
+from rlhf_cli.online.checkpoint import publish
+from rlhf_cli.online.stream import Fresh, Stream
+
+
+class Recorder(TrainerCallback):
+    """Writes down what a step trained on, what it measured, and when its checkpoint is whole."""
+
+    def __init__(
+        self, run: RunDir, journal: Journal, metrics: MetricsWriter, stream: Stream, consumed: dict[int, tuple[str, ...]]
+    ) -> None:
+        self.run, self.journal, self.metrics, self.stream = run, journal, metrics, stream
+        self.consumed = consumed
+        self.trainer: GroupDPOTrainer | None = None
+        self.last_saved = max(consumed, default=0)
+        self._step_started = time.perf_counter()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._train_started = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
+            raise Diverged(
+                f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
+                "Lower run_online.learner.learning_rate, then go on with --resume."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        batch = self.stream.batch
+        assert batch is not None
+        group_ids = tuple(g.group.id for g in batch.groups)
+        self.consumed[state.global_step] = group_ids
+        self.journal.append(StepTrained(step=state.global_step, group_ids=group_ids, beta=batch.beta))
+        self.stream.step = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # the summary after the last step is no step
+            return
+        self.metrics.append(state.global_step, self._row(logs))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        keep = self.stream.online.keep_checkpoints
+        path = publish(self.run, state.global_step, self.consumed, keep)
+        self.last_saved = state.global_step
+        self.journal.append(CheckpointSaved(step=state.global_step, path=str(path.relative_to(self.run.path))))
+
+    def _row(self, logs: dict[str, float]) -> dict[str, float]:
+        stream, trainer, batch = self.stream, self.trainer, self.stream.batch
+        assert trainer is not None
+        assert batch is not None
+        now = time.perf_counter()
+        spent = stream.policy.phase.lap()
+        ages = [stream.step - 1 - g.group.policy_step for g in batch.groups]
+        votes = [g.wins.votes for g in batch.groups]
+        status = stream.feedback.status()
+        row = {
+            "train/loss": logs["loss"],
+            "train/grad_norm": logs["grad_norm"],
+            "train/learning_rate": logs["learning_rate"],
+            **trainer.step_metrics,
+            **_fresh(stream.fresh),
+            "staleness/mean_steps": statistics.fmean(ages),
+            "staleness/max_steps": float(max(ages)),
+            **status,
+            "flow/votes_step": sum(votes),
+            "flow/votes_per_group": statistics.fmean(votes),
+            "cost/usd": status.get("flow/votes_total", 0.0) * stream.recipe.budget.usd_per_1k_votes / 1000,
+            "time/step_s": now - self._step_started,
+            "time/generate_s": spent.get("generate", 0.0),
+            "time/reference_s": spent.get("reference", 0.0),
+            "time/sync_s": spent.get("sync", 0.0),
+            "time/wait_s": spent.get("wait", 0.0),
+            "time/train_s": now - self._train_started,
+        }
+        stream.fresh = Fresh()
+        self._step_started = now
+        return row
+
+
+def _fresh(fresh: Fresh) -> dict[str, float]:
+    """Figures of the completions sampled since the last step; empty where none were."""
+    if not fresh.kl_nats:
+        return {}
+    row = {
+        "kl/sequence_nats": statistics.fmean(fresh.kl_nats),
+        "kl/token_nats": sum(fresh.kl_nats) / max(1, sum(fresh.tokens)),
+        "length/mean_tokens": statistics.fmean(fresh.tokens),
+        "length/ended_frac": statistics.fmean(fresh.ended),
+    }
+    if fresh.rewards:
+        row["reward/mean"] = statistics.fmean(fresh.rewards)
+        row["reward/std"] = statistics.pstdev(fresh.rewards)
+    return row

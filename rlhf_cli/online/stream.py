@@ -1,0 +1,235 @@
+"""The loop: sample groups, ask for votes, hand ranked groups to the learner, while the next ones are being voted on."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rlhf_cli.errors import BudgetReached, Diverged
+from rlhf_cli.journal.events import GroupSampled, GroupSetAside
+from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.observe import Observer
+from rlhf_cli.journal.replay import RunState
+from rlhf_cli.learner.dpo import Batch
+from rlhf_cli.online.stop import StopRequest
+from rlhf_cli.policy.policy import Policy
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.types import Feedback, Group, Prompt, RankedGroup, Unranked
+
+Reward = Callable[[Prompt, Sequence[str]], list[float]]
+"""Scores completions of a prompt, for display; never a label."""
+
+POLL_S = 0.02
+"""Pause between two looks at the feedback while there is nothing else to do."""
+
+
+@dataclass(slots=True)
+class Fresh:
+    """Figures of the groups sampled since the last step."""
+
+    rewards: list[float] = field(default_factory=list)
+    kl_nats: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
+
+
+class Stream:
+    """Yields one `Batch` per learner step; TRL's trainer pulls.
+
+    The policy samples in here, so one thread touches the model. People's time is overlapped by sampling ahead: as many
+    groups are out for votes as their latency asks for, bounded by `max_in_flight` and by the staleness that training
+    accepts. Pacing comes before discarding, because what people have judged is paid for.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        feedback: Feedback,
+        journal: Journal,
+        state: RunState,
+        prompts: Sequence[Prompt],
+        recipe: Recipe,
+        stop: StopRequest,
+        observers: Sequence[Observer] = (),
+        reward: Reward | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert recipe.run_online is not None
+        self.policy, self.feedback, self.journal, self.stop = policy, feedback, journal, stop
+        self.recipe, self.online, self.prompts = recipe, recipe.run_online, prompts
+        self.observers, self.reward, self.clock = observers, reward, clock
+        self.prefix = f"{state.run_id}-{state.attempt}"
+        self.step = 0
+        """Learner steps taken; the recorder counts it up."""
+        self.next_index = state.next_index
+        self.outstanding = len(state.open_groups)
+        self.ready: deque[RankedGroup] = deque()
+        self.fresh = Fresh()
+        self.batch: Batch | None = None
+        self.kl_nats: float | None = None
+        self.set_aside_in_a_row = 0
+        self.started = clock()
+        self._recorded = [state.steps[s] for s in sorted(state.steps)]
+        self._ranked = {
+            g.sampled.group_id: RankedGroup(
+                g.sampled.group(), g.ranked.matrix(), g.ranked.source, g.ranked.latency_s, g.ranked.complete
+            )
+            for g in state.groups.values()
+            if g.ranked is not None and g.set_aside is None
+        }
+        self.ready.extend(self._ranked[g.sampled.group_id] for g in state.ready_groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for recorded in self._recorded[self.step :]:  # after a crash: the steps since the checkpoint, exactly as they were
+            groups = [self._ranked[group_id] for group_id in recorded.group_ids]
+            yield self._deliver(Batch(groups, recorded.beta or self.online.learner.beta))
+        while True:
+            yield self._deliver(Batch(self._next_groups(), self._beta()))
+
+    def _next_groups(self) -> list[RankedGroup]:
+        """Sample, ask and wait until a step's worth of groups is ranked; oldest votes first."""
+        wanted = self.online.prompts_per_step
+        enough = min(self.online.min_ready or wanted, wanted)
+        sampled = False
+        while True:
+            self.stop.check()
+            self._collect()
+            self._check_deadline()
+            well_fed = len(self.ready) >= 2 * wanted
+            if len(self.ready) >= enough and (sampled or well_fed or not self._room()):
+                break
+            if self._room():
+                self._sample()
+                sampled = True
+            elif self.outstanding:
+                with self.policy.phase("wait"):
+                    self._report_status()
+                    time.sleep(POLL_S)
+            elif self.ready:
+                break  # the budget allows no more groups; learn from what has been paid for
+            else:
+                raise BudgetReached(f"the budget allows no further group: {self._spent()}; raise it and --resume")
+        return [self.ready.popleft() for _ in range(min(wanted, len(self.ready)))]
+
+    def _room(self) -> bool:
+        """Whether another `prompts_per_step` groups may be sampled now."""
+        per_step, unused = self.online.prompts_per_step, self.outstanding + len(self.ready)
+        needed = (self.online.steps - self.step) * per_step - unused
+        # A group with n steps' worth of groups before it will be n steps old when its turn comes.
+        ahead = min(self.online.max_in_flight, (self.online.staleness.max_steps + 1) * per_step)
+        return needed > 0 and unused + per_step <= ahead and self._affordable(per_step)
+
+    def _affordable(self, groups: int) -> bool:
+        budget, flow = self.recipe.budget, self.recipe.flow
+        if self.online.feedback != "votes" or flow is None:
+            return True
+        expected = self._votes() + (self.outstanding + groups) * flow.responses.max
+        usd = expected * budget.usd_per_1k_votes / 1000
+        return (budget.votes is None or expected <= budget.votes) and (budget.usd is None or usd <= budget.usd)
+
+    def _sample(self) -> None:
+        """Sample the next groups with the policy as it is now, record them, ask for votes."""
+        self.policy.sync()
+        first = self.next_index
+        prompts = [self._prompt(first + i) for i in range(self.online.prompts_per_step)]
+        groups = self.policy.sample_groups(
+            prompts,
+            self.online.sampling,
+            self.online.group_size,
+            first_index=first,
+            prefix=self.prefix,
+            step=self.step,
+            seed=self.recipe.seed,
+        )
+        for group in groups:
+            self.journal.append(GroupSampled.of(group))
+            self.next_index += 1
+            self.outstanding += 1
+            self.feedback.submit(group)
+        self._measure(groups)
+
+    def _prompt(self, index: int) -> Prompt:
+        """Every prompt once per round, each round in its own order."""
+        round_, place = divmod(index, len(self.prompts))
+        order = random.Random(f"{self.recipe.seed}/{round_}").sample(range(len(self.prompts)), len(self.prompts))
+        return self.prompts[order[place]]
+
+    def _measure(self, groups: Sequence[Group]) -> None:
+        kls = [sum(c.logps) - sum(c.ref_logps) for g in groups for c in g.completions]
+        self.fresh.kl_nats += kls
+        self.fresh.tokens += [len(c.token_ids) for g in groups for c in g.completions]
+        self.fresh.ended += [c.ended for g in groups for c in g.completions]
+        if self.reward is not None:
+            for group in groups:
+                self.fresh.rewards += self.reward(group.prompt, [c.text for c in group.completions])
+        self.kl_nats = statistics.fmean(kls)
+        hard = self.online.kl.hard_nats
+        if hard is not None and self.kl_nats > hard:
+            raise Diverged(
+                f"KL to the reference is {self.kl_nats:.1f} nats a completion after step {self.step}, "
+                f"run_online.kl.hard_nats is {hard:g}; the last checkpoint is kept. "
+                "Raise learner.beta or lower learner.learning_rate."
+            )
+
+    def _beta(self) -> float:
+        """Beta grows with the square of how far KL is beyond its soft limit, and comes back with it."""
+        beta, soft = self.online.learner.beta, self.online.kl.soft_nats
+        if soft is None or self.kl_nats is None:
+            return beta
+        return beta * max(1.0, self.kl_nats / soft) ** 2
+
+    def _collect(self) -> None:
+        for verdict in self.feedback.collect():
+            self.outstanding -= 1
+            if isinstance(verdict, Unranked):
+                self.set_aside_in_a_row += 1
+                self._check_hopeless(verdict.reason)
+            else:
+                self.set_aside_in_a_row = 0
+                self.ready.append(verdict)
+        limit = self.online.staleness.max_steps
+        fresh: deque[RankedGroup] = deque()
+        for ranked in self.ready:
+            age = self.step - ranked.group.policy_step
+            if age <= limit:
+                fresh.append(ranked)
+            else:
+                reason = f"stale: sampled {age} steps ago, staleness.max_steps is {limit}"
+                self.journal.append(GroupSetAside(group_id=ranked.group.id, reason=reason))
+        self.ready = fresh
+
+    def _check_hopeless(self, reason: str) -> None:
+        if self.set_aside_in_a_row >= 10 * self.online.prompts_per_step:
+            raise Diverged(
+                f"the last {self.set_aside_in_a_row} groups all had to be set aside, the latest because: {reason}. "
+                "Nothing can be learned like this."
+            )
+
+    def _check_deadline(self) -> None:
+        deadline_s = self.recipe.budget.deadline_s
+        if deadline_s is not None and self.clock() - self.started > deadline_s:
+            raise BudgetReached(f"budget.deadline of {deadline_s:g} s is reached after step {self.step}; resume goes on")
+
+    def _deliver(self, batch: Batch) -> Batch:
+        self.batch = batch
+        self._report_status()
+        return batch
+
+    def _votes(self) -> float:
+        return self.feedback.status().get("flow/votes_total", 0.0)
+
+    def _spent(self) -> str:
+        usd = self._votes() * self.recipe.budget.usd_per_1k_votes / 1000
+        return f"{self._votes():.0f} votes, {usd:.2f} USD"
+
+    def _report_status(self) -> None:
+        if not self.observers:
+            return
+        row = {**self.feedback.status(), "cost/usd": self._votes() * self.recipe.budget.usd_per_1k_votes / 1000}
+        for observer in self.observers:
+            observer.on_status(row)

@@ -1,0 +1,187 @@
+"""The model being trained, with everything that goes with it: reference, generator, tokenizer, precision."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.policy.generate import encode_prompt, sample, token_logps
+from rlhf_cli.policy.load import (
+    frozen_copy,
+    load_model,
+    load_tokenizer,
+    precision,
+    stop_token_ids,
+    train_only_last_layers,
+)
+from rlhf_cli.recipe.schema import Model, Recipe, Sampling
+from rlhf_cli.types import Completion, Group, Message, Prompt
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class Stopwatch:
+    """Wall seconds per named phase since the last `lap`."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """Return what was spent and start over."""
+        spent, self._spent = self._spent, {}
+        return spent
+
+
+class Policy:
+    """Samples groups and says how likely completions are under the policy and under its frozen reference.
+
+    `model` holds the trained weights in float32 (a PeftModel with `model.lora`); `reference` shares every weight that is
+    not trained. With a low-precision generator, completions come from a copy that `sync` brings up to date.
+    """
+
+    def __init__(self, path: str, model_section: Model, recipe: Recipe) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
+        base = load_model(path).to(device)
+        if model_section.last_layers is not None:
+            train_only_last_layers(base, model_section.last_layers)
+        elif model_section.lora is not None:
+            base.requires_grad_(False)
+        self.dtype = precision(recipe.compute.precision, device)
+        generator_dtype = precision(recipe.compute.generator_precision, device)
+        self.generator = None if generator_dtype == base.dtype else copy.deepcopy(base).to(generator_dtype).eval()
+        self.reference = frozen_copy(base)
+        self.model: PreTrainedModel | PeftModel = add_lora(base, model_section) if model_section.lora else base
+        self.model.eval()
+        self.stop_ids = stop_token_ids(self.tokenizer, base)
+        self.pad_id = int(self.tokenizer.pad_token_id)
+        self.max_prompt_tokens = recipe.data.max_prompt_tokens
+        self.system_prompt = recipe.data.system_prompt
+        self.phase = Stopwatch()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the precision of the recipe; weights and sums of log-probabilities stay float32."""
+        return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, with the recipe's system prompt where the prompt has none of its own."""
+        if self.system_prompt is not None and prompt.messages[0].role != "system":
+            prompt = Prompt(prompt.id, (Message("system", self.system_prompt), *prompt.messages))
+        return encode_prompt(self.tokenizer, prompt, self.max_prompt_tokens)
+
+    def sample_groups(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, first_index: int, prefix: str, step: int,
+        seed: int,
+    ) -> list[Group]:
+        """Sample one group per prompt, with log-probabilities under policy and reference.
+
+        Args:
+            first_index: Index of the first group; the others follow.
+            prefix: Group ids are `<prefix>-<index>`.
+            step: Learner steps that the policy has taken.
+            seed: Together with `first_index` it fixes the random numbers.
+        """
+        temperatures = sampling.temperature if isinstance(sampling.temperature, list) else [sampling.temperature]
+        spread = [temperatures[i * len(temperatures) // group_size] for i in range(group_size)]
+        prompt_ids = [self.encode(p) for p in prompts]
+        rows = [ids for ids in prompt_ids for _ in range(group_size)]
+        with self.phase("generate"):
+            sampled = sample(
+                self.generator or self.model,
+                rows,
+                spread * len(prompts),
+                max_new_tokens=sampling.max_new_tokens,
+                top_p=sampling.top_p,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                seed=seed * 1_000_003 + first_index,
+            )
+        with self.phase("reference"):
+            token_ids = [s.token_ids for s in sampled]
+            logps = self.logps(self.model, rows, token_ids)
+            ref_logps = self.logps(self.reference, rows, token_ids)
+        completions = [
+            Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended)
+            for s, logp, ref_logp in zip(sampled, logps, ref_logps, strict=True)
+        ]
+        return [
+            Group(
+                id=f"{prefix}-{first_index + i:06d}",
+                index=first_index + i,
+                prompt=prompt,
+                prompt_ids=prompt_ids[i],
+                completions=tuple(completions[i * group_size : (i + 1) * group_size]),
+                policy_step=step,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def logps(
+        self, model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """Token log-probabilities in the precision that training uses, so that the two can be compared."""
+        was_training = model.training
+        model.eval()
+        with self.autocast():
+            rows = token_logps(model, prompts, completions, self.pad_id)
+        model.train(was_training)
+        return rows
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Copy the trained weights to the generator, adapters merged in; nothing to do where there is only one copy."""
+        if self.generator is None:
+            return
+        with self.phase("sync"):
+            targets = dict(self.generator.named_parameters())
+            for name, weight in trained_weights(self.model):
+                targets[name].copy_(weight)
+
+    def save(self, path: str) -> None:
+        """Save model (adapters merged in) and tokenizer as a folder that `from_pretrained` loads."""
+        merged = copy.deepcopy(self.model).merge_and_unload() if isinstance(self.model, PeftModel) else self.model
+        merged.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def add_lora(base: PreTrainedModel, section: Model) -> PeftModel:
+    """Put fresh adapters on all linear layers; at the start they change nothing."""
+    assert section.lora is not None
+    config = LoraConfig(
+        r=section.lora.rank,
+        lora_alpha=section.lora.alpha or 2 * section.lora.rank,
+        lora_dropout=section.lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
+def trained_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values, in the model without adapters, of all weights that training changes."""
+    if not isinstance(model, PeftModel):
+        yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        return
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            adapter = module.active_adapters[0]
+            yield f"{name}.weight", module.get_base_layer().weight + module.get_delta_weight(adapter)
