@@ -203,7 +203,7 @@ def _settle(node: Written, path: KeyPath, found: dict[KeyPath, Problem], list_of
         items = enumerate(node.value)
         return replace(node, value=[_settle(item, (*path, str(n)), found, field) for n, item in items])
     if node.empty and field is not None and section_of(field) is not None:
-        complain("nothing is written here; write `{}` for the defaults or `null` to leave it out")
+        complain("nothing is written below it; fill it in, write `{}` for its defaults, or `null` to leave it out")
     if not isinstance(node.value, str):
         return node
     node = _interpolated(node, path, found, as_text=field is None or takes_text(field))

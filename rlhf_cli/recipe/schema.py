@@ -203,9 +203,9 @@ class Flow(Section):
     token_env: EnvironmentName | None = None
     """Name of the environment variable that holds the access token."""
     client_id_env: EnvironmentName | None = None
-    """Name of the environment variable that holds the client id."""
+    """Name of the environment variable that holds the client id; RAPIDATA_CLIENT_ID when left out."""
     client_secret_env: EnvironmentName | None = None
-    """Name of the environment variable that holds the client secret."""
+    """Name of the environment variable that holds the client secret; RAPIDATA_CLIENT_SECRET when left out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,97 @@
+"""What the result of a stage follows from, as one hash: the same fingerprint means that the stage need not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+
+Stage = Literal["sft", "train-rm", "open-flow", "run-online", "eval"]
+
+_VERSION = 1
+"""Counts up when the same keys begin to mean something else."""
+
+_HOW_TO_TALK = {"settle_s", "poll_s", "token_env", "client_id_env", "client_secret_env"}
+_HOW_TO_KEEP = {"checkpoint_every", "keep_checkpoints"}
+
+
+def stage_fingerprint(loaded: LoadedRecipe, stage: Stage) -> str:
+    """Hash of the recipe keys, data files and earlier stages that the stage's result follows from.
+
+    A file counts by its content, never by its path; so does a model folder. A stage that the recipe does not have counts
+    as absent.
+    """
+    inputs = {"version": _VERSION, "stage": stage, **_inputs(loaded, stage)}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
+    recipe = loaded.recipe
+    # where the policy comes from: the stages on the model share these
+    start = {"model": _model(recipe), "seed": recipe.seed, "precision": recipe.compute.precision}
+    sft = stage_fingerprint(loaded, "sft") if recipe.sft and stage != "sft" else None
+    if stage == "sft":
+        return {**start, "sft": _content(recipe.sft)}
+    if stage == "train-rm":
+        return {**start, "after": sft, "train_rm": _content(recipe.train_rm)}
+    if stage == "open-flow":
+        return {"flow": _content(recipe.flow, without={"crowd", *_HOW_TO_TALK})}
+    if stage == "run-online":
+        by_model = recipe.run_online is not None and recipe.run_online.feedback == "reward_model"
+        return {
+            **start,
+            "after": [sft, stage_fingerprint(loaded, "train-rm") if by_model else None],
+            "flow": None if by_model else _content(recipe.flow, without=_HOW_TO_TALK),
+            "prompts": _file(recipe.data.prompts),
+            "max_prompt_tokens": recipe.data.max_prompt_tokens,
+            "generator": [recipe.compute.generator, recipe.compute.generator_precision],
+            "run_online": _content(recipe.run_online, without=_HOW_TO_KEEP),
+        }
+    judged_by_model = recipe.eval is not None and recipe.eval.judge == "reward_model"
+    judged_in_flow = recipe.eval is not None and not judged_by_model
+    heldout = recipe.data.heldout_prompts
+    return {
+        "after": [
+            stage_fingerprint(loaded, "run-online"),
+            stage_fingerprint(loaded, "train-rm") if judged_by_model else None,
+        ],
+        "flow": _content(recipe.flow, without=_HOW_TO_TALK) if judged_in_flow else None,
+        "heldout_prompts": _file(heldout) if heldout else None,
+        "eval": _content(recipe.eval),
+    }
+
+
+def _content(section: Any, without: set[str] | frozenset[str] = frozenset()) -> Any:
+    """The values of a section, with files replaced by their content."""
+    if section is None:
+        return None
+    values = section.model_dump(mode="python", exclude=without)
+    return {key: _file(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def _model(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model.model_dump(mode="json")
+    path = recipe.model.path
+    return {**values, "path": _folder(Path(path)) if path and os.path.isabs(path) else path}
+
+
+def _folder(path: Path) -> list[tuple[str, str]]:
+    return [(str(file.relative_to(path)), _file(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+
+
+def _file(path: Path) -> str:
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the content; size and time are there so that a file that changed is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
