@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_cli.errors import Diverged
+from rlhf_cli.learner.groups import by_group, stack_wins
 from rlhf_cli.learner.losses import best_worst, vote_agreement, vote_margin, win_matrix_nll
 from rlhf_cli.policy.generate import completion_logps, pack
 from rlhf_cli.policy.policy import Policy
@@ -105,8 +106,7 @@ class GroupDPOTrainer(DPOTrainer):
         with self.policy.autocast():
             logp_R = completion_logps(model, inputs["ids_BT"], inputs["mask_BT"], inputs["lengths_B"]).sum(1)
         beta, wins_BGG = inputs["beta"], inputs["wins_BGG"]
-        scores_BG = torch.zeros(wins_BGG.shape[:2], device=logp_R.device)
-        scores_BG = scores_BG.masked_scatter(inputs["is_completion_BG"], beta * (logp_R - inputs["ref_logp_R"]))
+        scores_BG = by_group(beta * (logp_R - inputs["ref_logp_R"]), inputs["is_completion_BG"])
         loss = win_matrix_nll(scores_BG, best_worst(wins_BGG) if self.learner.pairs == "best_worst" else wins_BGG)
         if not torch.isfinite(loss):
             raise Diverged(
@@ -122,20 +122,15 @@ class GroupDPOTrainer(DPOTrainer):
         return loss
 
     def collate(self, batch: Batch) -> dict[str, Any]:
-        """Tensors of a batch; R counts the completions of all groups, G is the size of the largest group."""
-        groups = batch.groups
+        """Tensors of a batch; R counts the completions of all groups."""
         device = self.accelerator.device
-        completions = [c for g in groups for c in g.group.completions]
-        prompts = [g.group.prompt_ids for g in groups for _ in g.group.completions]
-        sizes_B = torch.tensor([g.wins.size for g in groups], device=device)
-        largest = int(sizes_B.max())
-        wins_BGG = torch.zeros(len(groups), largest, largest, device=device)
-        for b, ranked in enumerate(groups):
-            wins_BGG[b, : ranked.wins.size, : ranked.wins.size] = torch.tensor(ranked.wins.wins)
+        completions = [c for g in batch.groups for c in g.group.completions]
+        prompts = [g.group.prompt_ids for g in batch.groups for _ in g.group.completions]
+        wins_BGG, is_completion_BG = stack_wins([g.wins for g in batch.groups], device)
         return {
             **pack(prompts, [c.token_ids for c in completions], self.policy.pad_id, device),
             "ref_logp_R": torch.tensor([math.fsum(c.ref_logps) for c in completions], device=device),
-            "is_completion_BG": torch.arange(largest, device=device) < sizes_B[:, None],
+            "is_completion_BG": is_completion_BG,
             "wins_BGG": wins_BGG,
             "beta": batch.beta,
         }

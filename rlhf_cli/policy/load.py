@@ -101,10 +101,10 @@ def train_only_last_layers(model: PreTrainedModel, count: int) -> None:
     """Freeze everything but the last `count` transformer layers and the final norm."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    decoder = model.get_decoder()
-    for layer in decoder.layers[-count:]:
+    backbone = model.base_model
+    for layer in backbone.layers[-count:]:
         layer.requires_grad_(True)
-    decoder.norm.requires_grad_(True)
+    backbone.norm.requires_grad_(True)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,44 @@
+"""A reward model in place of people: its Bradley-Terry probabilities as the votes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_cli.journal.events import GroupRanked, GroupSetAside
+from rlhf_cli.journal.journal import Journal
+from rlhf_cli.policy.scoring import RewardModel
+from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
+
+
+class RewardModelFeedback:
+    """Answers at once; one expected vote per pair, split by the probability that the model gives to either side."""
+
+    def __init__(self, model: RewardModel, journal: Journal) -> None:
+        self.model, self.journal = model, journal
+        self._decided: list[RankedGroup | Unranked] = []
+
+    def submit(self, group: Group) -> None:
+        rewards_G = np.array(self.model.score(group.prompt.messages, [c.text for c in group.completions]))
+        if not np.isfinite(rewards_G).all():
+            reason = "the reward model gave a score that is not a number"
+            self.journal.append(GroupSetAside(group_id=group.id, reason=reason))
+            self._decided.append(Unranked(group, reason))
+            return
+        wins_GG = 1 / (1 + np.exp(rewards_G[None, :] - rewards_G[:, None]))
+        np.fill_diagonal(wins_GG, 0)
+        ranked = RankedGroup(group, WinMatrix(wins_GG), source="reward_model:train_rm", latency_s=0.0, complete=True)
+        wins = tuple(tuple(row) for row in ranked.wins.wins.tolist())
+        self.journal.append(
+            GroupRanked(group_id=group.id, source=ranked.source, wins=wins, latency_s=0.0, complete=True)
+        )
+        self._decided.append(ranked)
+
+    def collect(self) -> list[RankedGroup | Unranked]:
+        decided, self._decided = self._decided, []
+        return decided
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,30 @@
+"""Groups of different sizes as one batch: R counts completions, B groups, G the size of the largest group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.types import WinMatrix
+
+
+def stack_wins(matrices: Sequence[WinMatrix], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Win matrices as one tensor, and which places of it are completions.
+
+    Returns:
+        wins_BGG, padded with 0, and is_completion_BG, False on padding.
+    """
+    sizes_B = torch.tensor([m.size for m in matrices], device=device)
+    largest = int(sizes_B.max())
+    wins_BGG = torch.zeros(len(matrices), largest, largest, device=device)
+    for b, matrix in enumerate(matrices):
+        wins_BGG[b, : matrix.size, : matrix.size] = torch.tensor(matrix.wins)
+    return wins_BGG, torch.arange(largest, device=device) < sizes_B[:, None]
+
+
+def by_group(score_R: Tensor, is_completion_BG: Tensor) -> Tensor:
+    """Scores of completions in a row, group after group, as scores_BG; padding scores 0."""
+    scores_BG = torch.zeros(is_completion_BG.shape, device=score_R.device, dtype=score_R.dtype)
+    return scores_BG.masked_scatter(is_completion_BG, score_R)
