@@ -1,4 +1,4 @@
-"""What the result of a stage follows from, as one hash: the same fingerprint means that the stage need not run again."""
+"""What the result of a stage follows from, as one hash; while it stays the same, the stage need not run again."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HOW_TO_KEEP = {"checkpoint_every", "keep_checkpoints"}
 def stage_fingerprint(loaded: LoadedRecipe, stage: Stage) -> str:
     """Hash of the recipe keys, data files and earlier stages that the stage's result follows from.
 
-    A file counts by its content, never by its path; so does a model folder. A stage that the recipe does not have counts
-    as absent.
+    A file counts by its content, never by its path; so does a model folder. A stage that the recipe does not have
+    counts as absent.
     """
     inputs = {"version": _VERSION, "stage": stage, **_inputs(loaded, stage)}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -53,15 +53,13 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
             "generator": [recipe.compute.generator, recipe.compute.generator_precision],
             "run_online": _content(recipe.run_online, without=_HOW_TO_KEEP),
         }
-    judged_by_model = recipe.eval is not None and recipe.eval.judge == "reward_model"
-    judged_in_flow = recipe.eval is not None and not judged_by_model
     heldout = recipe.data.heldout_prompts
     return {
         "after": [
             stage_fingerprint(loaded, "run-online"),
-            stage_fingerprint(loaded, "train-rm") if judged_by_model else None,
+            stage_fingerprint(loaded, "train-rm") if recipe.train_rm else None,
         ],
-        "flow": _content(recipe.flow, without=_HOW_TO_TALK) if judged_in_flow else None,
+        "flow": _content(recipe.flow, without=_HOW_TO_TALK),
         "heldout_prompts": _file(heldout) if heldout else None,
         "eval": _content(recipe.eval),
     }
