@@ -5,13 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -30,21 +39,25 @@ def problem(text: str, *keys: str) -> PydanticCustomError:
     return PydanticCustomError("problem", "{text}", {"text": text, "keys": keys})
 
 
-def not_yet(refused: Callable[[Any], bool], what: str, use: str) -> AfterValidator:
-    """Refuse values which the recipe language knows and no stage honours yet.
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """Marks values which the recipe language knows and no stage honours yet; to write one is a mistake that says so."""
 
-    Args:
-        refused: Whether a value is one of those.
-        what: What is missing, with `{value}` for the value as written.
-        use: What to write instead.
-    """
+    refused: Callable[[Any], bool]
+    """Whether a value is one of those."""
+    what: str
+    """What is missing, with `{value}` for the value as written."""
+    use: str
+    """What to write instead."""
 
-    def check(value: Any) -> Any:
-        if refused(value):
-            raise problem(f"{what.format(value=f'`{value}`')} not there yet in this version; use {use}")
+    def check(self, value: Any) -> Any:
+        if self.refused(value):
+            what = self.what.format(value=f"`{value}`")
+            raise problem(f"{what} not there yet in this version; use {self.use}")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 def in_order(section: BaseModel, *keys: str) -> None:
@@ -56,12 +69,12 @@ def in_order(section: BaseModel, *keys: str) -> None:
 
 
 def one_of(*values: str) -> Callable[[Any], bool]:
-    """For `not_yet`: the value is one of these."""
+    """For `NotYet`: the value is one of these."""
     return lambda value: value in values
 
 
 def more_than_one(value: int) -> bool:
-    """For `not_yet`: a count that needs more than there is."""
+    """For `NotYet`: a count that needs more than there is."""
     return value > 1
 
 

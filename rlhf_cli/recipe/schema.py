@@ -13,11 +13,11 @@ from rlhf_cli.recipe.kinds import (
     DataFile,
     Duration,
     EnvironmentName,
+    NotYet,
     Section,
     Service,
     in_order,
     more_than_one,
-    not_yet,
     one_of,
     problem,
 )
@@ -119,7 +119,7 @@ class TrainRm(Section):
     """The same, for the accuracy on votes that were not trained on."""
     kind: Annotated[
         Literal["bradley_terry", "pairwise"],
-        not_yet(one_of("pairwise"), "a {value} preference model is", "bradley_terry"),
+        NotYet(one_of("pairwise"), "a {value} preference model is", "bradley_terry"),
     ] = "bradley_terry"
     """`bradley_terry` scores one completion at a time; `pairwise` compares two."""
     epochs: float = Field(1.0, gt=0)
@@ -250,12 +250,12 @@ class Dpo(Section):
 
     algorithm: Annotated[
         Literal["dpo", "grpo", "rloo", "ppo"],
-        not_yet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo"),
+        NotYet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo"),
     ]
     """How votes become a better policy."""
     loss: Annotated[
         Literal["sigmoid", "ipo"],
-        not_yet(one_of("ipo"), "the {value} loss is", "sigmoid"),
+        NotYet(one_of("ipo"), "the {value} loss is", "sigmoid"),
     ] = "sigmoid"
     """`sigmoid` is the Bradley-Terry likelihood."""
     pairs: Literal["all", "best_worst"] = "all"
@@ -289,7 +289,7 @@ class Kl(Section):
     """Beyond this, the run ends as `on_hard` says."""
     on_hard: Annotated[
         Literal["stop", "rollback"],
-        not_yet(one_of("rollback"), "{value} at the hard limit is", "stop"),
+        NotYet(one_of("rollback"), "{value} at the hard limit is", "stop"),
     ] = "stop"
     """`stop` ends the run with exit code 7 and keeps the last good checkpoint."""
 
@@ -314,12 +314,12 @@ class RunOnline(Section):
     """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
     feedback: Annotated[
         Literal["votes", "reward_model", "hybrid", "function", "judge"],
-        not_yet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
+        NotYet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
     ] = "votes"
     """Who compares completions: people through the flow, or the reward model of `train_rm`."""
     incomplete: Annotated[
         Literal["use", "drop", "resubmit_once"],
-        not_yet(one_of("resubmit_once"), "{value} is", "use or drop"),
+        NotYet(one_of("resubmit_once"), "{value} is", "use or drop"),
     ] = "use"
     """A group with some votes, but fewer than `responses.min`: learn from those it has, or drop it."""
     sampling: Sampling = Field(default_factory=Sampling)
@@ -390,7 +390,7 @@ class Eval(Section):
 
     judge: Annotated[
         Literal["crowd", "reward_model", "judge", "flow"],
-        not_yet(one_of("judge"), "a {value} model is", "crowd, reward_model or flow"),
+        NotYet(one_of("judge"), "a {value} model is", "crowd, reward_model or flow"),
     ]
     """Who compares: the simulated `crowd`, the `reward_model` of `train_rm`, or the raters of the `flow`."""
     against: Literal["sft"] = "sft"
@@ -404,19 +404,19 @@ class Eval(Section):
 class Compute(Section):
     """What the run computes on."""
 
-    processes: Annotated[int, not_yet(more_than_one, "more than one process is", "1")] = Field(1, ge=1)
+    processes: Annotated[int, NotYet(more_than_one, "more than one process is", "1")] = Field(1, ge=1)
     """Training processes on a machine."""
-    machines: Annotated[int, not_yet(more_than_one, "more than one machine is", "1")] = Field(1, ge=1)
+    machines: Annotated[int, NotYet(more_than_one, "more than one machine is", "1")] = Field(1, ge=1)
     """Machines."""
     strategy: Annotated[
         Literal["ddp", "fsdp2", "deepspeed"],
-        not_yet(one_of("fsdp2", "deepspeed"), "the {value} strategy is", "ddp"),
+        NotYet(one_of("fsdp2", "deepspeed"), "the {value} strategy is", "ddp"),
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the weights while training; `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
     generator: Annotated[
-        Literal["transformers", "vllm"], not_yet(one_of("vllm"), "the {value} generator is", "transformers")
+        Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
     """What samples completions."""
     generator_precision: Literal["same", "bf16"] = "same"

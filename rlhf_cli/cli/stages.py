@@ -1,0 +1,63 @@
+"""`rlhf sft`, `train-rm`, `open-flow`, `run-online`, `eval`, and `run` for all of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import typer
+
+from rlhf_cli.cli.crash import crash_goes_to
+from rlhf_cli.cli.options import AsJson, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
+from rlhf_cli.cli.show import out_result
+from rlhf_cli.errors import DataError, RecipeError, UsageError
+
+_STAGES = {
+    "sft": "Fine-tune the model on example conversations.",
+    "train-rm": "Fit a reward model to votes.",
+    "open-flow": "Open the flow that people vote in, or find the one that is open already.",
+    "run-online": "Improve the policy from votes, step by step, while people vote.",
+    "eval": "Measure the trained policy against the model it started from.",
+    "run": "All stages of the recipe in order, skipping those that are done.",
+}
+_SECTIONS = {"sft": "sft", "train-rm": "train_rm", "open-flow": "flow", "run-online": "run_online", "eval": "eval"}
+
+
+def add_to(app: typer.Typer) -> None:
+    for name, description in _STAGES.items():
+        app.command(name, help=description)(_command(name))
+
+
+def _command(name: str):  # type: ignore[no-untyped-def]  # typer reads the inner signature
+    def command(
+        recipe_file: RecipeFile,
+        sets: Sets = None,
+        run_dir: RunFolder = None,
+        output: Output = "auto",
+        resume: Resume = False,
+        fresh: Fresh = False,
+        as_json: AsJson = False,
+    ) -> None:
+        if resume and fresh:
+            raise UsageError("--resume and --fresh exclude each other: go on, or start again")
+        from rlhf_cli.recipe.data import check_files
+        from rlhf_cli.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe_file, sets or [])
+        section = _SECTIONS.get(name)
+        if section is not None and getattr(loaded.recipe, section) is None:
+            raise RecipeError([f"{recipe_file}: {section}: missing section; `rlhf {name}` works from it"])
+        complaints = check_files(loaded.recipe)
+        if complaints:
+            raise DataError("\n".join(map(str, complaints)))
+        folder = run_dir or Path("runs") / loaded.recipe.name
+        crash_goes_to(folder)
+
+        from rlhf_cli.live.open import open_display
+
+        with open_display(output, f"{loaded.recipe.name} {name}") as display:
+            stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
+            result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
+        out_result(result, as_json)
+
+    return command
