@@ -1,0 +1,169 @@
+"""Simulated raters. They vote over HTTP like everybody else and see what a person sees: prompt, left, right.
+
+A rater prefers left with probability logistic(skill * sharpness * (taste of left - taste of right) + position bias), so
+votes follow Bradley-Terry on the taste, with disagreement, habit and absence as people have them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+
+from rlhf_cli.flow import wire
+from rlhf_cli.server.tastes import taste
+
+SKILL_SD = 0.25
+"""Spread of the log of a rater's skill."""
+TIE_BELOW = 0.05
+"""Differences in taste that nobody can see."""
+IDLE_S = (0.1, 0.5)
+"""How often the crowd asks for work when there is none, at first and in the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class CrowdSettings:
+    """A population of raters.
+
+    `agreement` is the probability that two raters agree on a pair whose taste difference is drawn from a standard
+    normal distribution; completions that differ more (less) in taste are agreed on more (less) often. `position_bias`
+    is an extra logit for the left side, `dropout` the probability that a pair is taken and never answered.
+    """
+
+    raters: int = 40
+    taste: str = "kind"
+    latency_p50_s: float = 2.0
+    latency_p95_s: float = 8.0
+    agreement: float = 0.72
+    position_bias: float = 0.0
+    dropout: float = 0.02
+
+    @property
+    def patience_s(self) -> float:
+        """A lease that hardly any of these raters outlasts: past it, the pair is better given to somebody else."""
+        return min(90.0, max(5.0, 4 * self.latency_p95_s))
+
+
+def sharpness(agreement: float) -> float:
+    """Logits per unit of taste at which two raters agree on a pair with a standard normal difference this often.
+
+    Two raters agree with probability E[p^2 + (1 - p)^2], p = logistic(k d), d ~ N(0, 1); this is solved for k. At 0.5
+    every vote is a coin flip; at 1 no vote is ever wrong, which is taken as k = 100.
+    """
+    d, weight = np.polynomial.hermite_e.hermegauss(80)
+    weight = weight / weight.sum()
+    low, high = 0.0, 100.0
+    for _ in range(50):
+        k = (low + high) / 2
+        p = 0.5 + 0.5 * np.tanh(0.5 * k * d)
+        low, high = (k, high) if float(weight @ (p**2 + (1 - p) ** 2)) < agreement else (low, k)
+    return high
+
+
+class Rater:
+    """One simulated person: a skill, a pace and habits. Decides; does not know HTTP."""
+
+    def __init__(self, settings: CrowdSettings, seed: str) -> None:
+        self._rng = random.Random(seed)
+        self._settings = settings
+        self._taste = taste(settings.taste)
+        self._logits_per_taste = sharpness(settings.agreement) * self._rng.lognormvariate(0, SKILL_SD)
+
+    def outcome(self, prompt: str, left: str, right: str) -> wire.Outcome:
+        difference = self._taste(prompt, left) - self._taste(prompt, right)
+        if abs(difference) < TIE_BELOW:
+            return "tie"
+        logit = self._logits_per_taste * difference + self._settings.position_bias
+        return "left" if self._rng.random() < 0.5 + 0.5 * math.tanh(0.5 * logit) else "right"
+
+    def latency_s(self) -> float:
+        """Seconds until an answer: lognormal, by its median and its 95th percentile."""
+        spread = math.log(max(1.0, self._settings.latency_p95_s / self._settings.latency_p50_s)) / 1.6449
+        return self._settings.latency_p50_s * math.exp(self._rng.gauss(0, spread))
+
+    def drops_out(self) -> bool:
+        return self._rng.random() < self._settings.dropout
+
+
+class Crowd:
+    """Raters voting on a server, one token each, until `run` is cancelled.
+
+    Args:
+        url: Of the server.
+        tokens: Bearer tokens of role rater, one per person.
+        seed: Of their decisions; which pairs they get is up to the server.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokens: Sequence[str],
+        settings: CrowdSettings,
+        seed: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._url = url
+        self._tokens = tokens
+        self._settings = settings
+        self._seed = seed
+        self._transport = transport
+        self._nothing_open = 0
+        """Answers in a row that said there is nothing to vote on."""
+        self._door = asyncio.Lock()
+
+    async def run(self) -> None:
+        connections = httpx.Limits(max_connections=8, max_keepalive_connections=8, keepalive_expiry=60)
+        async with (
+            httpx.AsyncClient(base_url=self._url, transport=self._transport, limits=connections, timeout=30) as http,
+            asyncio.TaskGroup() as people,
+        ):
+            for number, token in enumerate(self._tokens):
+                rater = Rater(self._settings, f"{self._seed}/{number}")
+                people.create_task(self._vote(http, rater, {"Authorization": f"Bearer {token}"}))
+
+    async def _vote(self, http: httpx.AsyncClient, rater: Rater, headers: dict[str, str]) -> None:
+        while True:
+            pair = await self._next_pair(http, headers)
+            latency_s = rater.latency_s()
+            await asyncio.sleep(latency_s)
+            if rater.drops_out():
+                continue
+            outcome = rater.outcome(pair.prompt, pair.left, pair.right)
+            vote: dict[str, object] = {"outcome": outcome, "response_ms": round(1000 * latency_s)}
+            reply = await _post(http, f"/vote/{pair.lease}", headers, vote)
+            if reply.status_code not in (409, 410):  # answered before a lost reply; or somebody was faster
+                reply.raise_for_status()
+
+    async def _next_pair(self, http: httpx.AsyncClient, headers: dict[str, str]) -> wire.Lease:
+        """Wait for a pair. One rater at a time asks, so that a crowd with nothing to do costs next to nothing."""
+        while True:
+            async with self._door:
+                reply = await _post(http, "/vote/lease", headers)
+                if reply.status_code == 200:
+                    self._nothing_open = 0
+                    return wire.Lease.model_validate_json(reply.content)
+                reply.raise_for_status()
+                self._nothing_open += 1
+                idle_rounds = self._nothing_open - len(self._tokens)
+                if idle_rounds >= 0:  # everybody has asked in vain
+                    await asyncio.sleep(min(IDLE_S[1], IDLE_S[0] * 1.1**idle_rounds))
+
+
+async def _post(
+    http: httpx.AsyncClient, path: str, headers: dict[str, str], body: dict[str, object] | None = None
+) -> httpx.Response:
+    """Send until there is an answer: people do not leave for good because a server is slow or restarting."""
+    while True:
+        try:
+            reply = await http.post(path, json=body, headers=headers)
+        except httpx.TransportError:
+            await asyncio.sleep(1.0)
+            continue
+        if reply.status_code != 503:
+            return reply
+        await asyncio.sleep(1.0)

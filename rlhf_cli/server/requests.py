@@ -1,0 +1,151 @@
+"""Reading requests and writing answers, the same way for every route."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from rlhf_cli.server.problems import Problem
+from rlhf_cli.server.store import Once, Store
+from rlhf_cli.server.tokens import Role, Token
+
+MAX_BODY_BYTES = 1024 * 1024
+
+Model = TypeVar("Model", bound=BaseModel)
+Handler = Callable[[Request, Store, Token], Awaitable[Response]]
+TITLES = {
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    410: "Gone",
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+    503: "Service Unavailable",
+}
+
+
+def for_role(*roles: Role) -> Callable[[Handler], Callable[[Request], Awaitable[Response]]]:
+    """Make a route out of a handler that only these roles may use."""
+
+    def route(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            store: Store = request.app.state.store
+            scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+            token = store.tokens.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
+            if token is None:
+                return Response(status_code=401, headers={"WWW-Authenticate": "Bearer"})
+            if token.role not in roles:
+                raise Problem(403, f"a token of role {token.role} may not do this")
+            return await handler(request, store, token)
+
+        return endpoint
+
+    return route
+
+
+async def read_bytes(request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        Problem: 413 when it is larger than 1 MiB; the rest of it is not read.
+    """
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_BODY_BYTES:
+            raise Problem(413, f"a body may have {MAX_BODY_BYTES} bytes")
+    return bytes(content)
+
+
+async def read(request: Request, model: type[Model]) -> tuple[Model, Once | None]:
+    """The body as a model, and its idempotency key where it came with one.
+
+    Raises:
+        Problem: 400 when it is not JSON as the standard has it (NaN and repeated members refused) or not such a model.
+    """
+    content = await read_bytes(request)
+    try:
+        parsed = model.model_validate(json.loads(content, parse_constant=_no_constant, object_pairs_hook=_no_repeats))
+    except ValidationError as error:
+        errors: dict[str, list[str]] = {}
+        for problem in error.errors(include_url=False, include_input=False, include_context=False):
+            errors.setdefault(".".join(str(part) for part in problem["loc"]) or "body", []).append(problem["msg"])
+        raise Problem(400, "the body is not valid", errors) from None
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, f"the body is not JSON: {error}") from None
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise Problem(400, "an Idempotency-Key has 1 to 255 characters")
+    return parsed, None if key is None else Once(key, content)
+
+
+def whole_number(request: Request, name: str, default: int, most: int) -> int:
+    """A query parameter from 1 to `most`."""
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+        raise Problem(400, f"{name} must be a whole number from 1 to {most}", {name: [f"not 1 to {most}"]})
+    return int(text)
+
+
+async def problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": TITLES.get(error.status, "Error"),
+        "status": error.status,
+        "detail": error.detail,
+        "instance": request.url.path,
+    }
+    if error.errors:
+        document["errors"] = error.errors
+    return JSONResponse(document, error.status, media_type="application/problem+json")
+
+
+async def database_trouble(request: Request, error: Exception) -> Response:
+    """A full disk or a locked file: nothing was kept, so the caller must come back."""
+    assert isinstance(error, sqlite3.OperationalError)
+    answer = await problem(request, Problem(503, "the database cannot take this now"))
+    answer.headers["Retry-After"] = "5"
+    return answer
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ClientDisconnect)
+    return Response(status_code=400)  # nobody is there to read it
+
+
+class HostCheck:
+    """Answer only to names that are ours, so that a web page cannot reach a loopback server under its own name."""
+
+    def __init__(self, app: Any, hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
+            name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+            if name not in self._hosts:
+                answer = await problem(Request(scope), Problem(400, "this server does not go by that name"))
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member appears twice")
+    return members
