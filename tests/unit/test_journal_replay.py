@@ -79,7 +79,7 @@ def test_open_ready_and_next_index_are_what_a_resume_needs() -> None:
 
     assert [g.sampled.group_id for g in state.ready_groups] == ["d", "a"]
     assert [g.sampled.group_id for g in state.open_groups] == ["c"]
-    assert (state.next_index, state.steps) == (5, {1: ("b",)})
+    assert (state.next_index, state.steps) == (5, {1: StepTrained(step=1, group_ids=("b",))})
     assert state.groups["e"].set_aside == "no votes"
     assert state.checkpoint is not None
     assert state.checkpoint.step == 1
@@ -105,7 +105,7 @@ def test_a_resume_keeps_the_groups_and_repeats_steps_with_the_same_ones() -> Non
         StepTrained(step=1, group_ids=("a",)),
     )
 
-    assert state.steps == {1: ("a",)}
+    assert state.steps == {1: StepTrained(step=1, group_ids=("a",))}
 
 
 def test_only_peoples_votes_are_counted_and_the_first_snapshot_stays() -> None:
