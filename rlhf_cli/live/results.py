@@ -39,9 +39,9 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
     reward = say("{:.3f} \u2192 {:.3f}", "reward_before", "reward_after")
     gain = say("  gain {:+.3f}", "reward_gain") + say(
-        " (95 %: {:+.3f} to {:+.3f})", "reward_gain_low", "reward_gain_high"
+        " (95%: {:+.3f} to {:+.3f})", "reward_gain_low", "reward_gain_high"
     )
-    rate = say("{:.1%}", "win_rate") + say(" (95 %: {:.1%} to {:.1%})", "win_rate_low", "win_rate_high")
+    rate = say("{:.1%}", "win_rate") + say(" (95%: {:.1%} to {:.1%})", "win_rate_low", "win_rate_high")
     judge = say(" judged by {}", "judge") + say(", {:.0f} held-out prompts", "prompts")
     rows = [
         ("win rate", rate and rate + judge, "bold"),

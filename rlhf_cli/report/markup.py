@@ -58,7 +58,7 @@ def known(values: dict[str, Any], *names: str) -> list[float] | None:
 
 
 def interval_bar(low: float, mean: float, high: float, axis: tuple[float, float], mark: float, css: str = "bar") -> str:
-    """An interval as a line with a dot on `axis`, with a tick at `mark`."""
+    """An interval as a band with its middle on `axis`, with a tick at `mark`."""
     left, right = axis
     scale = 100 / (right - left)
     x_low, x, x_high, x_mark = ((min(max(v, left), right) - left) * scale for v in (low, mean, high, mark))
@@ -67,8 +67,7 @@ def interval_bar(low: float, mean: float, high: float, axis: tuple[float, float]
         f'<svg class="{css}" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         f'<path d="M0 5H100" stroke="var(--line)" vector-effect="non-scaling-stroke"/>'
         f'<path d="M{x_mark:.2f} 0V10" stroke="currentColor" opacity=".45" vector-effect="non-scaling-stroke"/>'
-        f'<path d="M{x_low:.2f} 5H{x_high:.2f}" stroke="{colour}" stroke-width="5" opacity=".4" '
-        f'stroke-linecap="round" vector-effect="non-scaling-stroke"/>'
-        f'<path d="M{x:.2f} 5h0" stroke="{colour}" stroke-width="9" stroke-linecap="round" '
-        f'vector-effect="non-scaling-stroke"/></svg>'
+        f'<path d="M{x_low:.2f} 5H{x_high:.2f}" stroke="{colour}" stroke-width="6" opacity=".4" '
+        f'vector-effect="non-scaling-stroke"/>'
+        f'<path d="M{x:.2f} 1.5V8.5" stroke="{colour}" stroke-width="3" vector-effect="non-scaling-stroke"/></svg>'
     )

@@ -73,10 +73,11 @@ def _verdict(record: Record) -> str:
         sentences = ["Not evaluated yet: <code>rlhf eval</code> compares the trained policy with the SFT model."]
     text = "".join(f"<p>{sentence}</p>" for sentence in sentences if sentence)
     rate = known(results, "win_rate_low", "win_rate", "win_rate_high")
-    bar = interval_bar(rate[0], rate[1], rate[2], (0, 1), 0.5, "wide") if rate else ""
+    bar = ""
+    if rate:
+        ends = "<span>0%: SFT model always wins</span><span>50%</span><span>100%: trained policy always wins</span>"
+        bar = interval_bar(rate[0], rate[1], rate[2], (0, 1), 0.5, "wide") + f'<div class="scale">{ends}</div>'
     small = []
-    if bar:
-        small.append("The bar runs from 0 to 100 % won, the tick is at 50 %.")
     if known(results, "prompts"):
         small.append(f"{results['prompts']:g} held-out prompts, each counting once.")
     if results.get("judge"):
@@ -96,7 +97,7 @@ def _win_rate(results: dict[str, Any]) -> str:
     if bounds is None:
         return f"The trained policy wins {said}."
     low, high = bounds
-    interval = f"(95 % interval {low:.1%} to {high:.1%})"
+    interval = f"(95% interval {low:.1%} to {high:.1%})"
     if low > 0.5:
         return f"The trained policy is <b>preferred</b>: it wins {said} {interval}."
     if high < 0.5:
@@ -113,7 +114,7 @@ def _reward(results: dict[str, Any]) -> str:
     if gain is None:
         return f"{text}."
     verdict = "" if gain[1] > 0 or gain[2] < 0 else ", which may be chance"
-    return f"{text}: {gain[0]:+.3f} (95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}){verdict}."
+    return f"{text}: {gain[0]:+.3f} (95% interval {gain[1]:+.3f} to {gain[2]:+.3f}){verdict}."
 
 
 def _tiles(record: Record) -> str:
@@ -169,7 +170,7 @@ def _chart(record: Record, chart: Chart, svg: str) -> str:
     stride = -(-len(record.rows) // MOST_TABLE_ROWS)
     rows = record.rows[::stride]
     cells = [[str(row["step"]), *(figure_of(name, row.get(name)) for name in names)] for row in rows]
-    thinned = "" if stride == 1 else f"<p>Every {stride}th step; all of them are in metrics.jsonl.</p>"
+    thinned = "" if stride == 1 else f"<p>One step in {stride}; all of them are in metrics.jsonl.</p>"
     columns = ["step", *(f'<span title="{esc(METRICS[n].help)}">{esc(METRICS[n].label)}</span>' for n in names)]
     return (
         f'<figure class="card"><figcaption>{head}<p>{esc(METRICS[names[0]].help)}</p></figcaption>{svg}'

@@ -169,7 +169,7 @@ def _votes(axes: Axes, record: Record) -> None:
 
 def _latency(axes: Axes, record: Record) -> None:
     _line(axes, record, "flow/latency_p50_s", GREEN, "half of the groups within")
-    _line(axes, record, "flow/latency_p95_s", AMBER, "95 % within")
+    _line(axes, record, "flow/latency_p95_s", AMBER, "95% within")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("seconds", fontsize=8.5)
 
@@ -187,8 +187,8 @@ def _length(axes: Axes, record: Record) -> None:
 
 
 def _learning(axes: Axes, record: Record) -> None:
-    _line(axes, record, "train/accuracy", GREEN, "votes the policy agrees with")
-    _line(axes, record, "train/loss", RED, "loss")
+    _line(axes, record, "train/accuracy", GREEN, "votes agreed with")
+    axes.axhline(0.5, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), label="chance")
 
 
 def _time(axes: Axes, record: Record) -> None:
@@ -212,7 +212,10 @@ CHARTS = (
     Chart("staleness", "Age of what trains", ("staleness/mean_steps", "staleness/max_steps"), _staleness),
     Chart("length", "Length of completions", ("length/mean_tokens", "length/ended_frac"), _length),
     Chart(
-        "learning", "Learning from votes", ("train/accuracy", "train/loss", "train/grad_norm", "train/beta"), _learning
+        "learning",
+        "Agreement with the votes",
+        ("train/accuracy", "train/loss", "train/grad_norm", "train/beta"),
+        _learning,
     ),
     Chart(
         "time",

@@ -23,7 +23,10 @@ p { margin: 0 0 12px; max-width: 76ch; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px; }
 .verdict { background: var(--wash); padding: 24px 26px; }
 .verdict p { font-size: 19px; line-height: 1.5; margin: 0 0 6px; } .verdict .soft { font-size: 14px; margin: 8px 0 0; }
-.verdict svg { display: block; width: 100%; height: 46px; margin-top: 14px; }
+.verdict p { max-width: none; } .verdict svg { display: block; width: 100%; height: 34px; margin-top: 12px; }
+.scale { display: flex; justify-content: space-between; font-size: 12.5px; color: var(--soft); }
+.scale span { flex: 1; text-align: center; } .scale span:first-child { text-align: left; }
+.scale span:last-child { text-align: right; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 14px; }
 .tile { padding: 14px 16px; } .tile b { display: block; font-size: 22px; letter-spacing: -.02em; line-height: 1.25; }
 .tile span { color: var(--soft); font-size: 12.5px; display: block; }
@@ -43,7 +46,7 @@ td.text, th.text { text-align: left; white-space: normal; }
 .prompt { border-left: 3px solid var(--blue); padding-left: 12px; margin: 0 0 14px; font-weight: 550; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 26px; }
 .sample { margin-top: 14px; break-inside: avoid; }
-.pair h3 { color: var(--soft); font-weight: 500; font-size: 13px; } .answer { margin-top: 8px; }
+.pair h3 { color: var(--soft); font-weight: 500; font-size: 13px; min-height: 26px; } .answer { margin-top: 8px; }
 .chip { display: inline-block; font-size: 12px; padding: 0 8px; border-radius: 99px; border: 1px solid var(--line);
   color: var(--soft); margin: 0 6px 4px 0; } .chip.up { color: var(--green); } .chip.down { color: var(--red); }
 .chip.warn { color: var(--amber); }

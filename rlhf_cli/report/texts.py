@@ -60,7 +60,7 @@ def groups_section(record: Record) -> str:
     spread = [trained[k * (len(trained) - 1) // max(count - 1, 1)] for k in range(count)]
     lead = (
         f"{count} of {len(trained)} trained groups, evenly spread over the run. Scores are in logits, relative to the "
-        "group, with 95 % intervals (Bradley-Terry with a Gaussian prior); of two answers one logit apart, 73 of 100 "
+        "group, with 95% intervals (Bradley-Terry with a Gaussian prior); of two answers one logit apart, 73 of 100 "
         "raters prefer the better one. Wide bars mean few votes."
     )
     return section("Votes behind the steps", lead, "\n".join(map(_group, spread)))

@@ -307,8 +307,8 @@ def test_results_are_plain_lines_in_a_pipe(tmp_path: Path) -> None:
     print_results(RESULT, out)
 
     assert out.getvalue().splitlines() == [
-        "win rate: 62.5% (95 %: 55.1% to 69.0%) judged by crowd, 64 held-out prompts",
-        "reward: 0.412 \u2192 1.530  gain +1.118 (95 %: +0.900 to +1.300)",
+        "win rate: 62.5% (95%: 55.1% to 69.0%) judged by crowd, 64 held-out prompts",
+        "reward: 0.412 \u2192 1.530  gain +1.118 (95%: +0.900 to +1.300)",
         "KL: 3.21 nats a completion",
         "votes used: 1,536",
         "cost: $6.10",
