@@ -17,8 +17,8 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_cli.errors import Diverged
 from rlhf_cli.learner.groups import by_group, stack_wins
 from rlhf_cli.learner.losses import vote_agreement, win_matrix_nll
-from rlhf_cli.learner.sft import OnStep, StepCallback, lora_config, save_merged
-from rlhf_cli.policy.load import load_tokenizer, train_only_last_layers
+from rlhf_cli.learner.sft import OnStep, StepCallback, save_merged
+from rlhf_cli.policy.load import load_tokenizer, lora_config, train_only_last_layers
 from rlhf_cli.policy.scoring import encode_answer, load_reward_model, pad_right
 from rlhf_cli.recipe.data import VotedGroup
 from rlhf_cli.recipe.schema import Recipe
@@ -114,7 +114,7 @@ def train_reward_model(
         section.centering,
         model=model,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe, "SEQ_CLS"),
+        peft_config=lora_config(recipe.model, "SEQ_CLS"),
         callbacks=[StepCallback(on_step)],
         args=RewardConfig(
             output_dir=str(scratch / "trainer"),

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_cli.policy.load import load_model, load_tokenizer, train_only_last_layers
+from rlhf_cli.policy.load import load_model, load_tokenizer, lora_config, train_only_last_layers
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Message
 
@@ -79,7 +78,7 @@ def train_sft(
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(heldout) if heldout else None,
         processing_class=load_tokenizer(path),
-        peft_config=lora_config(recipe, "CAUSAL_LM"),
+        peft_config=lora_config(recipe.model, "CAUSAL_LM"),
         callbacks=[StepCallback(on_step)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -89,20 +88,6 @@ def train_sft(
     save_merged(trainer.model, trainer.processing_class, scratch / "model")
     shutil.rmtree(scratch / "trainer", ignore_errors=True)
     return result
-
-
-def lora_config(recipe: Recipe, task: str) -> LoraConfig | None:
-    """The recipe's adapters for a trainer that puts them on by itself; None for training the weights."""
-    lora = recipe.model.lora
-    if lora is None:
-        return None
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-        task_type=task,
-    )
 
 
 def save_merged(model: Any, tokenizer: Any, path: Path) -> None:

@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DataError, MissingStage
 from rlhf_cli.policy.packaged import PACKAGED, model_dir
-
-
-def use_threads(threads: int | None) -> None:
-    """Bound torch's CPU threads: to `threads`, else to the cores this process may use.
-
-    Call it before any other torch work. On busy cores a spinning thread pool costs up to twenty times the work itself,
-    which is why the command line also sets OMP_WAIT_POLICY=PASSIVE before torch is imported.
-    """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+from rlhf_cli.recipe.schema import Model
 
 
 def locate(path: str) -> str:
@@ -105,6 +98,19 @@ def train_only_last_layers(model: PreTrainedModel, count: int) -> None:
     for layer in backbone.layers[-count:]:
         layer.requires_grad_(True)
     backbone.norm.requires_grad_(True)
+
+
+def lora_config(section: Model, task: str) -> LoraConfig | None:
+    """The recipe's adapters on all linear layers, for peft's task type `task`; None for training the weights."""
+    if section.lora is None:
+        return None
+    return LoraConfig(
+        r=section.lora.rank,
+        lora_alpha=section.lora.alpha or 2 * section.lora.rank,
+        lora_dropout=section.lora.dropout,
+        target_modules="all-linear",
+        task_type=task,
+    )
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,14 +18,13 @@ from rlhf_cli.policy.load import (
     frozen_copy,
     load_model,
     load_tokenizer,
+    lora_config,
     precision,
     stop_token_ids,
     train_only_last_layers,
 )
-from rlhf_cli.recipe.schema import Model, Recipe, Sampling
+from rlhf_cli.recipe.schema import Recipe, Sampling
 from rlhf_cli.types import Completion, Group, Message, Prompt
-
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 class Stopwatch:
@@ -51,23 +50,32 @@ class Stopwatch:
 class Policy:
     """Samples groups and says how likely completions are under the policy and under its frozen reference.
 
-    `model` holds the trained weights in float32 (a PeftModel with `model.lora`); `reference` shares every weight that is
-    not trained. With a low-precision generator, completions come from a copy that `sync` brings up to date.
+    `model` holds the trained weights in float32 (a PeftModel with `model.lora`). With a low-precision generator,
+    completions come from a copy that `sync` brings up to date.
+
+    Args:
+        path: Folder, hub id or packaged model to start from.
+        train: Make the weights that the recipe names trainable, and keep a reference as they are now; it shares every
+            weight that is not trained. Without it nothing is trainable.
+        reference: For a policy that is not trained: what to compare it with; itself when left out.
     """
 
-    def __init__(self, path: str, model_section: Model, recipe: Recipe) -> None:
+    def __init__(
+        self, path: str, recipe: Recipe, *, train: bool = True, reference: PreTrainedModel | None = None
+    ) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
         base = load_model(path).to(device)
-        if model_section.last_layers is not None:
-            train_only_last_layers(base, model_section.last_layers)
-        elif model_section.lora is not None:
+        lora = lora_config(recipe.model, "CAUSAL_LM") if train else None
+        if lora is not None or not train:
             base.requires_grad_(False)
+        elif recipe.model.last_layers is not None:
+            train_only_last_layers(base, recipe.model.last_layers)
         self.dtype = precision(recipe.compute.precision, device)
         generator_dtype = precision(recipe.compute.generator_precision, device)
         self.generator = None if generator_dtype == base.dtype else copy.deepcopy(base).to(generator_dtype).eval()
-        self.reference = frozen_copy(base)
-        self.model: PreTrainedModel | PeftModel = add_lora(base, model_section) if model_section.lora else base
+        self.reference = reference if reference is not None else frozen_copy(base)
+        self.model: PreTrainedModel | PeftModel = base if lora is None else get_peft_model(base, lora)
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)
         self.pad_id = int(self.tokenizer.pad_token_id)
@@ -161,19 +169,6 @@ class Policy:
         merged = copy.deepcopy(self.model).merge_and_unload() if isinstance(self.model, PeftModel) else self.model
         merged.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
-
-
-def add_lora(base: PreTrainedModel, section: Model) -> PeftModel:
-    """Put fresh adapters on all linear layers; at the start they change nothing."""
-    assert section.lora is not None
-    config = LoraConfig(
-        r=section.lora.rank,
-        lora_alpha=section.lora.alpha or 2 * section.lora.rank,
-        lora_dropout=section.lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config)
 
 
 def trained_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:

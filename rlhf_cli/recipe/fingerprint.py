@@ -50,6 +50,7 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
             "flow": None if by_model else _content(recipe.flow, without=_HOW_TO_TALK),
             "prompts": _file(recipe.data.prompts),
             "max_prompt_tokens": recipe.data.max_prompt_tokens,
+            "system_prompt": recipe.data.system_prompt,
             "generator": [recipe.compute.generator, recipe.compute.generator_precision],
             "run_online": _content(recipe.run_online, without=_HOW_TO_KEEP),
         }

@@ -83,6 +83,8 @@ class Data(Section):
     """JSONL, one `{"prompt": text or messages}` a line: what the policy answers in `run_online`."""
     heldout_prompts: DataFile | None = None
     """The same, kept apart for `eval`."""
+    system_prompt: str | None = Field(None, min_length=1, max_length=10_000)
+    """Put before every prompt that has no system message of its own; raters do not see it."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Longest prompt in tokens, chat template included; a longer one is an error, never cut."""
 
@@ -414,13 +416,13 @@ class Compute(Section):
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the weights while training; `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
+    """Of matrix products while training; weights stay fp32. `auto` is bf16 where the hardware multiplies it natively."""
     generator: Annotated[
         Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
     """What samples completions."""
-    generator_precision: Literal["same", "bf16"] = "same"
-    """`bf16` samples from a copy of the policy in bf16, refreshed every step."""
+    generator_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the weights that sample; below fp32 they are a copy, refreshed before every sampling."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; all cores when left out."""
 

@@ -1,0 +1,46 @@
+"""Rewards to look at: the run's reward model, or what a simulated crowd is known to like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_cli.online.stream import Reward
+from rlhf_cli.policy.load import load_tokenizer
+from rlhf_cli.policy.scoring import RewardModel, load_reward_model
+from rlhf_cli.server.tastes import taste
+from rlhf_cli.stages.session import Session
+from rlhf_cli.types import Prompt
+
+
+def reward_model(session: Session) -> RewardModel:
+    """The reward model of this run.
+
+    Raises:
+        MissingStage: It was not trained yet.
+    """
+    section = session.recipe.train_rm
+    assert section is not None
+    session.require("train-rm", session.run.train_rm_model)
+    path = str(session.run.train_rm_model)
+    return RewardModel(load_reward_model(path), load_tokenizer(path), section.max_length)
+
+
+def reward_for_display(session: Session) -> tuple[Reward | None, str | None]:
+    """What live view and evaluation call reward, and where it comes from; None with people and no reward model.
+
+    A simulated crowd's taste is the truth that it votes by, so it comes before the score of the run's reward model,
+    unless that model is what the policy learns from. Labels never come from here.
+    """
+    recipe = session.recipe
+    by_votes = recipe.run_online is None or recipe.run_online.feedback == "votes"
+    if by_votes and recipe.flow is not None and recipe.flow.crowd is not None:
+        score = taste(recipe.flow.crowd.taste)
+
+        def by_taste(prompt: Prompt, completions: Sequence[str]) -> list[float]:
+            return [score(prompt.text, c) for c in completions]
+
+        return by_taste, f"taste '{recipe.flow.crowd.taste}' of the simulated crowd"
+    if recipe.train_rm is not None:
+        model = reward_model(session)
+        return lambda prompt, completions: model.score(prompt.messages, completions), "reward model"
+    return None, None

@@ -1,0 +1,201 @@
+"""`rlhf run-online`: improve the policy from votes, step by step, while generation, voting and training overlap."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_cli.errors import BudgetReached, FlowUnavailable, RlhfError, RunDamaged, Stopped, UsageError
+from rlhf_cli.feedback.reward_model import RewardModelFeedback
+from rlhf_cli.feedback.votes import VotesFeedback
+from rlhf_cli.journal.events import StageStarted
+from rlhf_cli.journal.metrics import MetricsWriter, read_metrics
+from rlhf_cli.journal.observe import Observer
+from rlhf_cli.journal.replay import RunState
+from rlhf_cli.learner.dpo import GroupDPOTrainer
+from rlhf_cli.online.checkpoint import Checkpoint, latest, partial_dir
+from rlhf_cli.online.recorder import Recorder
+from rlhf_cli.online.stop import StopRequest
+from rlhf_cli.online.stream import Stream
+from rlhf_cli.policy.policy import Policy
+from rlhf_cli.recipe.data import read_prompts
+from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.stages.rewards import reward_for_display, reward_model
+from rlhf_cli.stages.service import flow_service, flow_spec
+from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
+from rlhf_cli.types import Feedback
+
+
+def run(
+    loaded: LoadedRecipe, path: Path, observers: Sequence[Observer] = (), *, resume: bool = False, fresh: bool = False
+) -> Result:
+    """Train `run_online.steps` steps; leaves `online/model`. Goes on where it stopped with `resume`."""
+    recipe = loaded.recipe
+    if recipe.run_online is None:
+        raise UsageError(f"{loaded.path} has no section `run_online`; there is nothing to do for `rlhf run-online`")
+    with open_session("run-online", loaded, path, observers) as session, StopRequest().listening() as stop:
+        if not fresh and (done := session.done(session.run.online_model)):
+            return done
+        state, checkpoint = _begin(session, resume, fresh)
+        session.progress("loading the policy", 0, 1)
+        policy = Policy(session.start_model(), recipe)
+        session.progress("loading the policy", 1, 1)
+        prompts = read_prompts(recipe.data.prompts)
+        for prompt in prompts:
+            policy.encode(prompt)  # one that is too long is found before anything is paid for
+        _announce(session)
+        with _feedback(session, state) as feedback:
+            stream = Stream(
+                policy=policy,
+                feedback=feedback,
+                journal=session.journal,
+                state=state,
+                prompts=prompts,
+                recipe=recipe,
+                stop=stop,
+                observers=observers,
+                reward=reward_for_display(session)[0],
+            )
+            _train(session, stream, policy, checkpoint)
+        with tempfile.TemporaryDirectory(dir=session.run.checkpoints) as scratch:
+            policy.save(str(Path(scratch) / "model"))
+            put_in_place(Path(scratch) / "model", session.run.online_model)
+        return session.finish(_summary(session, stream))
+
+
+def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Checkpoint | None]:
+    """Decide between a first start, going on, and starting over; votes were paid for, so nothing is done unasked."""
+    state, run = session.state, session.run
+    inputs = [e.event for e in session.journal.entries if isinstance(e.event, StageStarted)]
+    inputs = [event for event in inputs if event.stage == session.stage]
+    paid = f"{len(state.steps)} steps trained, {state.votes_total:.0f} votes received"
+    if state.groups and not fresh:
+        if inputs[-1].fingerprint != session.fingerprint:
+            raise UsageError(
+                f"{run.path} holds a run-online with other inputs ({paid}). Undo the change, start over with --fresh, "
+                "or use another folder with --run-dir."
+            )
+        if not resume:
+            raise UsageError(
+                f"{run.path} holds an unfinished run-online ({paid}). Go on with --resume, or start over with --fresh."
+            )
+    attempt = max(1, state.attempt + (1 if fresh and state.groups else 0))
+    if fresh and run.checkpoints.parent.exists():
+        run.checkpoints.parent.rename(run.path / f"online.replaced-{state.attempt}")
+        run.metrics.unlink(missing_ok=True)
+    checkpoint = latest(run)
+    shutil.rmtree(partial_dir(run), ignore_errors=True)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if attempt != state.attempt:
+        state = RunState(started=state.started, attempt=attempt, votes_total=state.votes_total, flow=state.flow)
+    if checkpoint is not None:
+        _check_lineage(checkpoint, state)
+    if session.recipe.run_online is not None and session.recipe.run_online.feedback == "votes":
+        session.require("open-flow")
+    session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
+    return state, checkpoint
+
+
+def _announce(session: Session) -> None:
+    """Tell whoever watches the figures that stay the same for the whole run."""
+    recipe = session.recipe
+    assert recipe.run_online is not None
+    row: dict[str, float] = {"run/steps_total": recipe.run_online.steps}
+    if recipe.run_online.feedback == "votes" and recipe.flow is not None:
+        votes = recipe.flow.responses
+        row |= {"flow/min_votes": votes.min, "flow/desired_votes": votes.desired, "flow/max_votes": votes.max}
+    for observer in session.observers:
+        observer.on_status(row)
+
+
+def _check_lineage(checkpoint: Checkpoint, state: RunState) -> None:
+    journalled = {step: event.group_ids for step, event in state.steps.items() if step <= checkpoint.step}
+    if journalled != checkpoint.consumed:
+        raise RunDamaged(
+            f"the checkpoint {checkpoint.path} consumed other groups than the journal says; "
+            "restore both from one backup, or start over with --fresh"
+        )
+
+
+@contextmanager
+def _feedback(session: Session, state: RunState) -> Iterator[Feedback]:
+    """Whoever compares the completions, asking again about the groups that were open when the last process ended."""
+    recipe, online = session.recipe, session.recipe.run_online
+    assert online is not None
+    if online.feedback == "reward_model":
+        by_model = RewardModelFeedback(reward_model(session), session.journal)
+        for group in state.open_groups:
+            by_model.submit(group.sampled.group())
+        yield by_model
+        return
+    assert recipe.flow is not None
+    assert state.flow is not None
+    assert state.run_id is not None
+    assert online.incomplete != "resubmit_once"  # refused by the recipe
+    with flow_service(recipe, session.run) as connect:
+        votes = VotesFeedback(
+            connect,
+            state.flow.flow_id,
+            flow_spec(recipe),
+            session.journal.append,
+            run_id=state.run_id,
+            incomplete=online.incomplete,
+            settle_s=recipe.flow.settle_s,
+            poll_s=recipe.flow.poll_s,
+            votes_before=state.votes_total,
+        )
+        try:
+            votes.resume(state.open_groups)
+            yield votes
+        finally:
+            votes.close()
+
+
+def _train(session: Session, stream: Stream, policy: Policy, checkpoint: Checkpoint | None) -> None:
+    """Let TRL's trainer pull batches from the stream until all steps are taken; save when it has to stop early."""
+    run = session.run
+    metrics = MetricsWriter(run.metrics, session.observers)
+    recorder = Recorder(run, session.journal, metrics, stream, dict(checkpoint.consumed) if checkpoint else {})
+    trainer = GroupDPOTrainer(policy, stream, session.recipe, partial_dir(run), [recorder])
+    recorder.trainer = trainer
+    stream.step = checkpoint.step if checkpoint else 0
+    if stream.step == stream.online.steps:  # everything was trained, only the final model was not saved yet
+        trainer._load_from_checkpoint(str(checkpoint.path))  # type: ignore[union-attr]
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except (Stopped, BudgetReached, FlowUnavailable) as error:
+        if stream.step > recorder.last_saved:
+            trainer._save_checkpoint(trainer.model, None)
+            recorder.on_save(trainer.args, trainer.state, trainer.control)
+        raise _with_what_was_kept(error, session, stream) from error
+
+
+def _with_what_was_kept(error: RlhfError, session: Session, stream: Stream) -> RlhfError:
+    online = stream.online
+    kept = (
+        f"{error}\n{stream.step} of {online.steps} steps are done and saved, "
+        f"{stream.feedback.status().get('flow/votes_total', 0):.0f} votes are kept, "
+        f"{stream.outstanding} groups are still out for votes.\n"
+        f"go on with: rlhf run-online {session.loaded.path} --run-dir {session.run.path} --resume"
+    )
+    if isinstance(error, Stopped):
+        return Stopped(kept, error.exit_code - 128)
+    return type(error)(kept)
+
+
+def _summary(session: Session, stream: Stream) -> dict[str, float | str | None]:
+    rows = read_metrics(session.run.metrics)
+    status = stream.feedback.status()
+    votes = status.get("flow/votes_total", 0.0)
+    return {
+        "steps": stream.step,
+        "votes": votes,
+        "cost_usd": votes * session.recipe.budget.usd_per_1k_votes / 1000,
+        "reward_first": rows[0].get("reward/mean") if rows else None,
+        "reward_last": rows[-1].get("reward/mean") if rows else None,
+        "kl_sequence_nats": rows[-1].get("kl/sequence_nats") if rows else None,
+    }

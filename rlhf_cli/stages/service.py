@@ -1,0 +1,67 @@
+"""The flow service that a recipe names, and what this recipe asks there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rlhf_cli.flow.base import Flow, FlowSpec, Responses
+from rlhf_cli.flow.client import FlowClient
+from rlhf_cli.flow.credentials import Credentials, credentials_from_environment
+from rlhf_cli.journal.run_dir import RunDir
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.server.crowd import CrowdSettings
+from rlhf_cli.server.embedded import EmbeddedFlow
+
+Connect = Callable[[], Flow]
+"""Makes a client; called in the thread that uses it."""
+
+
+def flow_spec(recipe: Recipe) -> FlowSpec:
+    """What people are asked, and how often."""
+    section = recipe.flow
+    assert section is not None
+    responses = Responses(section.responses.min, section.responses.desired, section.responses.max)
+    return FlowSpec(recipe.name, section.instruction, responses, section.ttl_s)
+
+
+@contextmanager
+def flow_service(recipe: Recipe, run: RunDir) -> Iterator[Connect]:
+    """Reach the recipe's service for the length of the block; `embedded` is started, and stopped at its end.
+
+    Raises:
+        CredentialsError: The environment does not hold them.
+    """
+    section = recipe.flow
+    assert section is not None
+    if section.service == "embedded":
+        with EmbeddedFlow(run.flow_store, crowd_settings(section.crowd), recipe.seed) as server:
+            credentials = Credentials(server.client_id, server.client_secret)
+            yield lambda: FlowClient(server.url, credentials)
+        return
+    names = {
+        "client_id_env": section.client_id_env,
+        "client_secret_env": section.client_secret_env,
+        "token_env": section.token_env,
+    }
+    credentials = credentials_from_environment(**{key: name for key, name in names.items() if name is not None})
+    if section.service == "rapidata":
+        yield lambda: FlowClient.rapidata(credentials)
+    else:
+        yield lambda: FlowClient(section.service, credentials)
+
+
+def crowd_settings(section: schema.Crowd | None) -> CrowdSettings | None:
+    """The recipe's simulated raters as the server takes them."""
+    if section is None:
+        return None
+    return CrowdSettings(
+        raters=section.raters,
+        taste=section.taste,
+        latency_p50_s=section.latency_s.p50,
+        latency_p95_s=section.latency_s.p95,
+        agreement=section.agreement,
+        position_bias=section.position_bias,
+        dropout=section.dropout,
+    )

@@ -1,0 +1,137 @@
+"""One stage at work in one run folder: the lock, the journal, what is done already, and how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli import __version__
+from rlhf_cli.errors import MissingStage, RlhfError
+from rlhf_cli.journal.events import RunStarted, RunStopped, StageFinished, StageStarted
+from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.observe import Observer
+from rlhf_cli.journal.replay import RunState, replay
+from rlhf_cli.journal.run_dir import RunDir, sync_folder, write_atomic
+from rlhf_cli.policy.runtime import prepare
+from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
+from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.recipe.resolved import resolved_yaml
+
+Result = dict[str, Any]
+"""What a stage says at its end: figures by name, fit for JSON."""
+
+
+class Session:
+    """What a stage needs to know and to write. Made by `open_session`."""
+
+    def __init__(
+        self, stage: Stage, loaded: LoadedRecipe, run: RunDir, journal: Journal, observers: Sequence[Observer]
+    ) -> None:
+        self.stage, self.loaded, self.recipe, self.run, self.journal = stage, loaded, loaded.recipe, run, journal
+        self.observers = observers
+        self.state: RunState = replay(journal.entries)
+        self.fingerprint = stage_fingerprint(loaded, stage)
+        self._began = time.monotonic()
+
+    def done(self, artefact: Path) -> Result | None:
+        """The result of an earlier run of this stage with the same inputs, if there is one."""
+        finished = self.state.stages.get(self.stage)
+        if finished is None or finished.fingerprint != self.fingerprint or not artefact.exists():
+            return None
+        self.note(f"{self.stage}: done already with the same inputs, skipped")
+        return {"stage": self.stage, "skipped": True, "seconds": finished.seconds, **finished.summary}
+
+    def require(self, stage: Stage, artefact: Path | None = None) -> None:
+        """Make sure that an earlier stage was run with the inputs of this recipe.
+
+        Raises:
+            MissingStage: It was not, or with other inputs; says which command to run.
+        """
+        finished = self.state.stages.get(stage)
+        command = f"rlhf {stage} {self.loaded.path}"
+        if finished is None or (artefact is not None and not artefact.exists()):
+            raise MissingStage(f"{self.stage} needs {stage}, which has not been run in {self.run.path}; run: {command}")
+        if finished.fingerprint != stage_fingerprint(self.loaded, stage):
+            raise MissingStage(f"{stage} was run with other inputs than this recipe has now; run again: {command}")
+
+    def start_model(self) -> str:
+        """Where the policy starts: the supervised model of this run, or `model.path` where the recipe has no `sft`."""
+        if self.recipe.sft is None:
+            assert self.recipe.model.path is not None  # a recipe without it is refused unless it has sft
+            return self.recipe.model.path
+        self.require("sft", self.run.sft_model)
+        return str(self.run.sft_model)
+
+    def start(self, attempt: int = 1, resumed_from_step: int | None = None) -> None:
+        """Record that the stage begins, and with what."""
+        write_atomic(self.run.recipe, self.loaded.text.encode())
+        write_atomic(self.run.resolved, resolved_yaml(self.loaded).encode())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.run.write_environment(self.recipe.seed, device)
+        self.journal.append(
+            StageStarted(
+                stage=self.stage, fingerprint=self.fingerprint, attempt=attempt, resumed_from_step=resumed_from_step
+            )
+        )
+
+    def finish(self, summary: dict[str, float | str | None]) -> Result:
+        """Record that the stage is done; its artefacts are in place."""
+        seconds = time.monotonic() - self._began
+        self.journal.append(
+            StageFinished(stage=self.stage, fingerprint=self.fingerprint, seconds=seconds, summary=summary)
+        )
+        return {"stage": self.stage, "skipped": False, "seconds": seconds, **summary}
+
+    def progress(self, task: str, done: float, total: float | None) -> None:
+        for observer in self.observers:
+            observer.on_progress(task, done, total)
+
+    def note(self, text: str) -> None:
+        for observer in self.observers:
+            observer.on_note(text)
+
+
+@contextmanager
+def open_session(
+    stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequence[Observer]
+) -> Iterator[Session]:
+    """Lock the run folder and open its journal for one stage.
+
+    Raises:
+        RunLocked, RunDamaged: As their names say; nothing was changed.
+    """
+    prepare(loaded.recipe.compute.threads)
+    run = RunDir(path)
+    with run.lock(), Journal.open(run.journal, observers) as journal:
+        session = Session(stage, loaded, run, journal, observers)
+        if session.state.started is None:
+            started = RunStarted(
+                run_id=uuid.uuid4().hex[:12], name=loaded.recipe.name, seed=loaded.recipe.seed, version=__version__
+            )
+            session.state = replay([journal.append(started)])
+        try:
+            yield session
+        except RlhfError as error:
+            journal.append(RunStopped(exit_code=error.exit_code, reason=str(error)))
+            raise
+        except KeyboardInterrupt:
+            journal.append(RunStopped(exit_code=130, reason="interrupted"))
+            raise
+        except Exception as error:
+            journal.append(RunStopped(exit_code=1, reason=f"{type(error).__name__}: {error}"))
+            raise
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Move a finished folder to its place in the run; an older one there is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    made.rename(target)
+    sync_folder(target.parent)
