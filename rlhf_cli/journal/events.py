@@ -24,7 +24,7 @@ def _unpack(text: str) -> tuple[float, ...]:
 
 
 class CompletionRecord(_Event):
-    """A completion on disk; log-probabilities as base64 of little-endian float32, so that they come back bit for bit."""
+    """A completion on disk; log-probabilities as base64 of little-endian float32, so they come back bit for bit."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -168,7 +168,7 @@ def _pace(seen: Seen, width: int) -> list[Text]:
     lines = [_row("age", age)] if age else []
     if "time/step_s" in now:
         spent = [(name, now.get(f"time/{name}_s", 0.0), colour) for name, colour in _PARTS.items()]
-        cells = width // 4 / max(now["time/step_s"], sum(s for _, s, _ in spent), 1e-9)
+        cells = width // 5 / max(now["time/step_s"], sum(s for _, s, _ in spent), 1e-9)
         bar = [("\u2588" * round(s * cells), colour) for _, s, colour in spent]
         names = [(f" {name} {s:.1f}", colour) for name, s, colour in spent if s >= 0.05]
         lines.append(_row("step", *bar, (f"  {now['time/step_s']:.1f} s ", "bold"), *names))

@@ -55,14 +55,14 @@ def page(record: Record, charts: Sequence[tuple[Chart, str]]) -> str:
 
 def _top(record: Record) -> str:
     stopped, current = record.state.stopped, record.state.current
-    if stopped is not None and stopped.exit_code == 0:
-        state, css = "finished", "good"
-    elif stopped is not None:
-        state, css = f"stopped: {stopped.reason} (exit code {stopped.exit_code})", "bad"
+    if stopped is not None and stopped.exit_code:
+        state, css = f"exit code {stopped.exit_code}: {stopped.reason.splitlines()[0]}", "bad"
     elif current is not None:
         state, css = f"in {current.stage}: still running, or killed there", "open"
+    elif "eval" in record.state.stages:
+        state, css = "finished", "good"
     else:
-        state, css = "between two stages", "open"
+        state, css = f"{list(record.state.stages)[-1]} done" if record.state.stages else "not begun", "open"
     return f'<div class="top"><h1>{esc(record.name)}</h1><span class="state {css}">{esc(state)}</span></div>'
 
 
@@ -81,7 +81,8 @@ def _verdict(record: Record) -> str:
     if known(results, "prompts"):
         small.append(f"{results['prompts']:g} held-out prompts, each counting once.")
     if results.get("judge"):
-        small.append(f"Judge: {esc(results['judge'])}.")
+        votes = f", {results['votes']:g} votes" if known(results, "votes") else ""
+        small.append(f"Judge: {esc(results['judge'])}{votes}.")
     if results.get("reward_source"):
         small.append(f"Reward: {esc(results['reward_source'])}.")
     note = f'<p class="soft">{" ".join(small)}</p>' if small else ""

@@ -19,7 +19,6 @@ from rlhf_cli.journal.events import (
     GroupSetAside,
     GroupSubmitted,
     RunStarted,
-    RunStopped,
     StageFinished,
     StageStarted,
     StepTrained,
@@ -81,9 +80,9 @@ def make_run(
         if end:
             summary: dict[str, float | str | None] = {"reward": rewards[-1], "votes": steps * 36.0}
             journal.append(StageFinished(stage="run-online", fingerprint="online", seconds=127.5, summary=summary))
+            journal.append(StageStarted(stage="eval", fingerprint="eval"))
             _write_evaluation(run, rng, steps, spoil)
             journal.append(StageFinished(stage="eval", fingerprint="eval", seconds=14.2, summary={"win_rate": 0.71}))
-            journal.append(RunStopped(exit_code=0, reason="all stages done"))
     return run
 
 

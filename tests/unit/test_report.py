@@ -12,7 +12,7 @@ import pytest
 from synthetic_run import RECIPE, make_run
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.journal.events import StageStarted, StepTrained
+from rlhf_cli.journal.events import RunStopped, StageStarted, StepTrained
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.metrics import METRICS, MetricsWriter, read_metrics
 from rlhf_cli.journal.replay import replay
@@ -216,6 +216,15 @@ def test_a_killed_run_has_a_report(tmp_path: Path) -> None:
     assert "in run-online: still running, or killed there" in text
     assert "Not evaluated yet" in text
     assert (run.journal.read_bytes(), run.metrics.read_bytes()) == (journal, metrics)  # only looked at
+
+
+def test_the_head_says_how_it_ended(tmp_path: Path, finished: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, end=False)
+    with Journal.open(run.journal) as journal:
+        journal.append(RunStopped(exit_code=6, reason="budget.votes is used up\nrlhf resume"))
+
+    assert "exit code 6: budget.votes is used up" in Page(report(run.path)).text
+    assert "kind-everydayfinished" in Page(report(finished)).text
 
 
 def test_a_resume_is_marked(tmp_path: Path) -> None:
