@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from rlhf_cli.cli.crash import crash_goes_to
 from rlhf_cli.cli.options import AsJson, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
 from rlhf_cli.cli.show import out_result
-from rlhf_cli.errors import DataError, RecipeError, UsageError
+from rlhf_cli.errors import DataError, GateFailed, RecipeError, UsageError
 
 _STAGES = {
     "sft": "Fine-tune the model on example conversations.",
@@ -28,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
         app.command(name, help=description)(_command(name))
 
 
-def _command(name: str):  # type: ignore[no-untyped-def]  # typer reads the inner signature
+def _command(name: str) -> Callable[..., None]:
     def command(
         recipe_file: RecipeFile,
         sets: Sets = None,
@@ -55,9 +59,28 @@ def _command(name: str):  # type: ignore[no-untyped-def]  # typer reads the inne
 
         from rlhf_cli.live.open import open_display
 
+        failed: GateFailed | None = None
         with open_display(output, f"{loaded.recipe.name} {name}") as display:
             stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
-            result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
-        out_result(result, as_json)
+            try:
+                result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
+            except GateFailed as error:  # the results are there all the same
+                failed, result = error, json.loads((folder / "eval" / "results.json").read_bytes())
+            if name == "run":
+                from rlhf_cli.report.build import build_report
+
+                result = {**result, "report": str(build_report(folder))}
+        _show(result, as_json)
+        if failed is not None:
+            raise failed
 
     return command
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json or "win_rate" not in result:
+        out_result(result, as_json)
+    else:
+        from rlhf_cli.live.results import print_results
+
+        print_results(result, sys.stdout)

@@ -102,14 +102,20 @@ def read_voted_groups(path: Path) -> list[VotedGroup]:
 
 def check_files(recipe: Recipe) -> list[Complaint]:
     """Every mistake in the data files that the recipe names, without numpy or torch."""
-    found: list[Complaint] = []
-    for prompts in (recipe.data.prompts, recipe.data.heldout_prompts):
-        found += _checked(prompts, _prompt_row, _ids_once)[1] if prompts else []
-    for texts in (recipe.sft.dataset, recipe.sft.heldout) if recipe.sft else ():
-        found += _checked(texts, _conversation_row, _one_kind)[1] if texts else []
-    for votes in (recipe.train_rm.dataset, recipe.train_rm.heldout) if recipe.train_rm else ():
-        found += _checked(votes, _voted_row)[1] if votes else []
-    return list(dict.fromkeys(found))
+    found: dict[Path, list[Complaint]] = {}
+    for prompts in filter(None, (recipe.data.prompts, recipe.data.heldout_prompts)):
+        found[prompts] = _checked(prompts, _prompt_row, _ids_once)[1]
+    for texts in filter(None, (recipe.sft.dataset, recipe.sft.heldout) if recipe.sft else ()):
+        found[texts] = [*found.get(texts, []), *_checked(texts, _conversation_row, _one_kind)[1]]
+    for votes in filter(None, (recipe.train_rm.dataset, recipe.train_rm.heldout) if recipe.train_rm else ()):
+        found[votes] = [*found.get(votes, []), *_checked(votes, _voted_row)[1]]
+    return [complaint for bad in found.values() for complaint in _first(bad)]
+
+
+def _first(bad: list[Complaint]) -> list[Complaint]:
+    """The mistakes that are worth showing of one file."""
+    more = [Complaint(bad[0].file, 0, f"... and {len(bad) - MAX_SHOWN} more")] if len(bad) > MAX_SHOWN else []
+    return bad[:MAX_SHOWN] + more
 
 
 def _prompt_row(row: Row) -> tuple[str | None, tuple[Turn, ...]]:
@@ -291,6 +297,5 @@ def _sound(
 ) -> Rows[T]:
     rows, bad = _checked(path, row, across)
     if bad:
-        more = [f"... and {len(bad) - MAX_SHOWN} more"] if len(bad) > MAX_SHOWN else []
-        raise DataError("\n".join([*map(str, bad[:MAX_SHOWN]), *more]))
+        raise DataError("\n".join(map(str, _first(bad))))
     return rows

@@ -119,9 +119,10 @@ def _read_file(file: str, rank: int, above: tuple[Path, ...]) -> tuple[str, Writ
     above = (*above, path.resolve())
     found: dict[KeyPath, Problem] = {}
     base = _interpolated(extends, ("extends",), found, as_text=True)
-    if not isinstance(base.value, str) or found:
-        what = found[("extends",)].what if found else "expected the path of the recipe to build on"
-        raise Unreadable(Problem(extends.place, "extends", what))
+    if found:
+        raise Unreadable(found[("extends",)])
+    if not isinstance(base.value, str):
+        raise Unreadable(Problem(extends.place, "extends", "expected the path of the recipe to build on"))
     base_file = os.path.normpath(os.path.join(path.parent, os.path.expanduser(base.value)))
     if not os.path.isfile(base_file):
         raise Unreadable(Problem(extends.place, "extends", f"no such file: {base_file}"))
@@ -222,7 +223,9 @@ def _settle(node: Written, path: KeyPath, found: dict[KeyPath, Problem], list_of
 
 def _interpolated(node: Written, path: KeyPath, found: dict[KeyPath, Problem], *, as_text: bool) -> Written:
     """Replace `${env:NAME}` and `${env:NAME:-default}`; `$${` stands for `${`."""
-    text, name = str(node.value), None
+    if not isinstance(node.value, str):
+        return node
+    name = None
 
     def value(match: re.Match[str]) -> str:
         nonlocal name
@@ -238,7 +241,7 @@ def _interpolated(node: Written, path: KeyPath, found: dict[KeyPath, Problem], *
         found.setdefault(path, Problem(node.place, ".".join(path), what))
         return match[0]
 
-    text = _VARIABLE.sub(value, text)
+    text = _VARIABLE.sub(value, node.value)
     if name is None:
         return replace(node, value=text)
     read_as: Scalar = text

@@ -29,7 +29,8 @@ def broken_rules(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             yield ("run_online", "feedback"), "reward_model feedback needs a `train_rm` section to make the model"
     if not absent("eval"):
         judge = section("eval").get("judge")
-        if judge == "crowd" and section("flow").get("crowd") is None:
+        flow = section("flow")
+        if judge == "crowd" and flow.get("crowd") is None and flow.get("service") != "embedded":
             yield ("eval", "judge"), "the crowd judges only where `flow` is embedded and has a `crowd`"
         if judge == "reward_model" and absent("train_rm"):
             yield ("eval", "judge"), "a reward_model judge needs a `train_rm` section to make the model"

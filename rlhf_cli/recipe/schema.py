@@ -173,8 +173,8 @@ class Crowd(Section):
 
     raters: int = Field(40, ge=1, le=10_000)
     """How many there are."""
-    taste: str = Field("kind", min_length=1)
-    """What they like."""
+    taste: Literal["kind", "brief", "letters"] = "kind"
+    """What they like: a kind tone that keeps to the topic, brevity, or, for toys, vowels."""
     latency_s: Latency = Field(default_factory=Latency)
     """How long they take for a vote."""
     agreement: float = Field(0.72, ge=0.5, le=1)
@@ -416,7 +416,7 @@ class Compute(Section):
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products while training; weights stay fp32. `auto` is bf16 where the hardware multiplies it natively."""
+    """Of matrix products while training; weights stay fp32. `auto` is bf16 where the hardware has it."""
     generator: Annotated[
         Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
