@@ -181,7 +181,7 @@ class FlowClient:
 def in_order_of(texts: Sequence[str], matrix: wire.VoteMatrix, item_id: str) -> WinMatrix:
     """The votes of `matrix` in the order of `texts`, which are distinct.
 
-    Rows are matched by `sortIndex` where the service gives it and by label otherwise, columns always by label.
+    Rows and columns are matched by label, each by itself; where the service gives sort indices, they must agree.
 
     Raises:
         BadAnswer: A candidate is missing, unknown or there twice, or a count is not one.

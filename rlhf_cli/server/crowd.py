@@ -22,6 +22,7 @@ SKILL_SD = 0.25
 """Spread of the log of a rater's skill."""
 TIE_BELOW = 0.05
 """Differences in taste that nobody can see."""
+RETRY_S = 0.5
 IDLE_S = (0.1, 0.5)
 """How often the crowd asks for work when there is none, at first and in the end."""
 
@@ -162,8 +163,8 @@ async def _post(
         try:
             reply = await http.post(path, json=body, headers=headers)
         except httpx.TransportError:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(RETRY_S)
             continue
         if reply.status_code != 503:
             return reply
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(RETRY_S)
