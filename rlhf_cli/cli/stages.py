@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -14,7 +17,7 @@ import typer
 from rlhf_cli.cli.crash import crash_goes_to
 from rlhf_cli.cli.options import AsJson, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
 from rlhf_cli.cli.show import out_result
-from rlhf_cli.errors import DataError, GateFailed, RecipeError, UsageError
+from rlhf_cli.errors import DataError, GateFailed, RecipeError, Stopped, UsageError
 
 _STAGES = {
     "sft": "Fine-tune the model on example conversations.",
@@ -60,7 +63,7 @@ def _command(name: str) -> Callable[..., None]:
         from rlhf_cli.live.open import open_display
 
         failed: GateFailed | None = None
-        with open_display(output, f"{loaded.recipe.name} {name}") as display:
+        with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
             stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
             try:
                 result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
@@ -75,6 +78,29 @@ def _command(name: str) -> Callable[..., None]:
             raise failed
 
     return command
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM ends a stage as Ctrl-C does, so that everything is closed; the exit code tells them apart.
+
+    The loop of run-online has its own way while it runs: it finishes the step first.
+    """
+    number: int = signal.SIGINT
+
+    def terminate(got: int, _frame: FrameType | None) -> None:
+        nonlocal number
+        number = got
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = "what is finished is kept; run the same command again (run-online goes on with --resume)"
+        raise Stopped(f"stopped by {signal.Signals(number).name}; {what}", number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from recipe_files import RECIPE, write_recipe, write_rows
 
+from rlhf_cli.cli.stages import stoppable
+from rlhf_cli.errors import Stopped
 from rlhf_cli.recipe.load import load_recipe
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "matplotlib", "numpy"}
@@ -213,3 +217,13 @@ def test_a_bug_leaves_its_traceback_in_a_file_and_one_line_on_the_terminal(tmp_p
         assert file.name in line
         assert "oops" in file.read_text()
         assert "hunter2!!!" not in file.read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_closes_everything_and_ends_with_its_exit_code(number: signal.Signals, code: int) -> None:
+    closed: list[bool] = []
+    with pytest.raises(Stopped, match=number.name) as caught, stoppable(), ExitStack() as stage:
+        stage.callback(closed.append, True)
+        signal.raise_signal(number)
+    assert (caught.value.exit_code, closed) == (code, [True])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
