@@ -222,8 +222,9 @@ def test_a_bug_leaves_its_traceback_in_a_file_and_one_line_on_the_terminal(tmp_p
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_closes_everything_and_ends_with_its_exit_code(number: signal.Signals, code: int) -> None:
     closed: list[bool] = []
-    with pytest.raises(Stopped, match=number.name) as caught, stoppable(), ExitStack() as stage:
-        stage.callback(closed.append, True)
+    stage = ExitStack()
+    stage.callback(closed.append, True)
+    with pytest.raises(Stopped, match=number.name) as caught, stoppable(), stage:
         signal.raise_signal(number)
     assert (caught.value.exit_code, closed) == (code, [True])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
