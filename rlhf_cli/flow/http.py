@@ -27,6 +27,8 @@ from rlhf_cli.flow.credentials import Credentials
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_RETRY_AFTER_S = 60.0
 REFRESH_BEFORE_S = 60.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Reached directly: a proxy that the environment names would look for them on its own machine."""
 
 # Retries are reported through our own errors; without a handler Python would print each of them into the live view.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -96,6 +98,7 @@ class HttpCalls:
         self._token_lock = asyncio.Lock()
         self._http = httpx.AsyncClient(
             transport=transport,
+            trust_env=httpx.URL(base_url).host not in LOOPBACK,
             timeout=patience.attempt_s,
             limits=httpx.Limits(max_connections=16, max_keepalive_connections=16, keepalive_expiry=30),
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "rlhf"},

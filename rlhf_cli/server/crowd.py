@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 
 from rlhf_cli.flow import wire
+from rlhf_cli.flow.http import LOOPBACK
 from rlhf_cli.server.tastes import taste
 
 SKILL_SD = 0.25
@@ -120,7 +121,13 @@ class Crowd:
     async def run(self) -> None:
         connections = httpx.Limits(max_connections=8, max_keepalive_connections=8, keepalive_expiry=60)
         async with (
-            httpx.AsyncClient(base_url=self._url, transport=self._transport, limits=connections, timeout=30) as http,
+            httpx.AsyncClient(
+                base_url=self._url,
+                transport=self._transport,
+                limits=connections,
+                timeout=30,
+                trust_env=httpx.URL(self._url).host not in LOOPBACK,
+            ) as http,
             asyncio.TaskGroup() as people,
         ):
             for number, token in enumerate(self._tokens):

@@ -118,6 +118,16 @@ def test_it_listens_on_loopback_and_only_while_open(tmp_path: Path) -> None:
         socket.create_connection((host, int(port)), timeout=1)
 
 
+def test_a_proxy_of_the_environment_does_not_stand_between_us_and_ourselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with EmbeddedFlow(tmp_path / "server.sqlite", CROWD) as flow:
+        item_id = asyncio.run(make_item(flow, asyncio.run(open_flow(flow))))
+        until(lambda: flow.store.item(item_id).state.terminal)
+
+
 def test_an_unknown_taste_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(RlhfError, match="no taste 'sour'"):
         EmbeddedFlow(tmp_path / "server.sqlite", CrowdSettings(taste="sour"))
