@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -62,22 +61,27 @@ def _command(name: str) -> Callable[..., None]:
 
         from rlhf_cli.live.open import open_display
 
-        failed: GateFailed | None = None
         with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
             stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
-            try:
-                result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
-            except GateFailed as error:  # the results are there all the same
-                failed, result = error, json.loads((folder / "eval" / "results.json").read_bytes())
+            result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
             if name == "run":
                 from rlhf_cli.report.build import build_report
 
                 result = {**result, "report": str(build_report(folder))}
         _show(result, as_json)
-        if failed is not None:
-            raise failed
+        _check_gates(result)
 
     return command
+
+
+def _check_gates(result: dict[str, Any]) -> None:
+    failed = [
+        f"{name}: measured {gate['value']}, limit {gate['limit']}"
+        for name, gate in result.get("gates", {}).items()
+        if not gate["passed"]
+    ]
+    if failed:
+        raise GateFailed("finished, but a gate was not met:\n" + "\n".join(failed))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -64,8 +65,10 @@ def win_rate_rows(compared: Sequence[Comparison]) -> dict[str, float | None]:
     return {"win_rate": rate.mean, "win_rate_low": rate.low, "win_rate_high": rate.high}
 
 
-def reward_rows(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> dict[str, float]:
+def reward_rows(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> dict[str, float | None]:
     """Mean rewards of both models and their difference with its 95 % interval, clustered by prompt.
+
+    A single prompt says nothing about the spread, so its bounds are None.
 
     Args:
         before, after: Rewards of the answers, one row per prompt, the same prompts in the same order.
@@ -75,8 +78,8 @@ def reward_rows(before: Sequence[Sequence[float]], after: Sequence[Sequence[floa
         "reward_before": fmean(fmean(row) for row in before),
         "reward_after": fmean(fmean(row) for row in after),
         "reward_gain": gain.mean,
-        "reward_gain_low": gain.low,
-        "reward_gain_high": gain.high,
+        "reward_gain_low": gain.low if math.isfinite(gain.low) else None,
+        "reward_gain_high": gain.high if math.isfinite(gain.high) else None,
     }
 
 

@@ -92,7 +92,7 @@ class GroupDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
 
-    def get_train_dataloader(self) -> Iterable[dict[str, Any]]:  # type: ignore[override]
+    def get_train_dataloader(self) -> Iterable[dict[str, Any]]:
         return _Collated(self)
 
     def compute_loss(

@@ -33,7 +33,7 @@ class _RowTemperature(LogitsProcessor):
     def __init__(self, temperature_B: Tensor) -> None:
         self.temperature_B1 = temperature_B[:, None]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores / self.temperature_B1
 
 

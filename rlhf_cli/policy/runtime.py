@@ -14,8 +14,8 @@ def prepare(threads: int | None) -> None:
     """Bound torch's CPU threads to `threads`, else to the cores this process may use, and keep the libraries quiet.
 
     On busy cores a spinning thread pool costs up to twenty times the work itself, which is why the command line also
-    sets OMP_WAIT_POLICY=PASSIVE before torch is imported. Progress is ours to show: bars of the libraries would tear the
-    live view apart.
+    sets OMP_WAIT_POLICY=PASSIVE before torch is imported. Progress is ours to show: bars of the libraries would tear
+    the live view apart.
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()

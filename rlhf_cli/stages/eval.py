@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import GateFailed, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.heldout import (
     check_gates,
     comparisons,
@@ -44,19 +44,14 @@ POLL_S = 0.05
 def run(
     loaded: LoadedRecipe, path: Path, observers: Sequence[Observer] = (), *, resume: bool = False, fresh: bool = False
 ) -> Result:
-    """Measure win rate, reward, KL and lengths; leaves `eval/results.json` and `samples/heldout.jsonl`.
-
-    Raises:
-        GateFailed: A gate of the recipe is not met; the results are complete all the same.
-    """
+    """Measure win rate, reward, KL and lengths; leaves `eval/results.json` and `samples/heldout.jsonl`."""
     recipe = loaded.recipe
     if recipe.eval is None:
         raise UsageError(f"{loaded.path} has no section `eval`; there is nothing to do for `rlhf eval`")
     with open_session("eval", loaded, path, observers) as session, StopRequest().listening() as stop:
         results_file = session.run.eval_results
         if not fresh and (done := session.done(results_file)):
-            results = json.loads(results_file.read_bytes())
-            return {**_gated(results), **done}
+            return {**json.loads(results_file.read_bytes()), **done}
         session.require("run-online", session.run.online_model)
         session.start()
         before, after = _answers(session)
@@ -78,19 +73,7 @@ def run(
         _write_samples(session, before, after, rewards)
         write_atomic(results_file, json.dumps(results, indent=2).encode() + b"\n")
         quoted = ("win_rate", "reward_before", "reward_after", "reward_gain", "kl_sequence_nats", "votes")
-        done = session.finish({key: results.get(key) for key in quoted})
-        return {**_gated(results), **done}
-
-
-def _gated(results: dict[str, Any]) -> dict[str, Any]:
-    failed = [
-        f"{name}: measured {gate['value']}, limit {gate['limit']}"
-        for name, gate in results["gates"].items()
-        if not gate["passed"]
-    ]
-    if failed:
-        raise GateFailed("eval finished, but a gate was not met:\n" + "\n".join(failed))
-    return results
+        return {**results, **session.finish({key: results.get(key) for key in quoted})}
 
 
 def _answers(session: Session) -> tuple[list[Group], list[Group]]:

@@ -89,21 +89,27 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     checkpoint = latest(run)
     shutil.rmtree(partial_dir(run), ignore_errors=True)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    if attempt != state.attempt:
-        state = RunState(started=state.started, attempt=attempt, votes_total=state.votes_total, flow=state.flow)
     if checkpoint is not None:
         _check_lineage(checkpoint, state)
     if session.recipe.run_online is not None and session.recipe.run_online.feedback == "votes":
         session.require("open-flow")
     session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
-    return state, checkpoint
+    return session.state, checkpoint
 
 
 def _announce(session: Session) -> None:
     """Tell whoever watches the figures that stay the same for the whole run."""
     recipe = session.recipe
     assert recipe.run_online is not None
-    row: dict[str, float] = {"run/steps_total": recipe.run_online.steps}
+    kl, budget = recipe.run_online.kl, recipe.budget
+    limits = {
+        "run/steps_total": recipe.run_online.steps,
+        "kl/soft_nats": kl.soft_nats,
+        "kl/hard_nats": kl.hard_nats,
+        "budget/votes": budget.votes,
+        "budget/usd": budget.usd,
+    }
+    row: dict[str, float] = {name: limit for name, limit in limits.items() if limit is not None}
     if recipe.run_online.feedback == "votes" and recipe.flow is not None:
         votes = recipe.flow.responses
         row |= {"flow/min_votes": votes.min, "flow/desired_votes": votes.desired, "flow/max_votes": votes.max}

@@ -40,12 +40,11 @@ def flow_service(recipe: Recipe, run: RunDir) -> Iterator[Connect]:
             credentials = Credentials(server.client_id, server.client_secret)
             yield lambda: FlowClient(server.url, credentials)
         return
-    names = {
-        "client_id_env": section.client_id_env,
-        "client_secret_env": section.client_secret_env,
-        "token_env": section.token_env,
-    }
-    credentials = credentials_from_environment(**{key: name for key, name in names.items() if name is not None})
+    credentials = credentials_from_environment(
+        section.client_id_env or "RAPIDATA_CLIENT_ID",
+        section.client_secret_env or "RAPIDATA_CLIENT_SECRET",
+        section.token_env,
+    )
     if section.service == "rapidata":
         yield lambda: FlowClient.rapidata(credentials)
     else:

@@ -14,7 +14,7 @@ import torch
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import MissingStage, RlhfError
-from rlhf_cli.journal.events import RunStarted, RunStopped, StageFinished, StageStarted
+from rlhf_cli.journal.events import Event, RunStarted, RunStopped, StageFinished, StageStarted
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState, replay
@@ -38,7 +38,8 @@ class Session:
         self.observers = observers
         self.state: RunState = replay(journal.entries)
         self.fingerprint = stage_fingerprint(loaded, stage)
-        self._began = time.monotonic()
+        self.began = False
+        self._clock_start = time.monotonic()
 
     def done(self, artefact: Path) -> Result | None:
         """The result of an earlier run of this stage with the same inputs, if there is one."""
@@ -70,20 +71,27 @@ class Session:
         return str(self.run.sft_model)
 
     def start(self, attempt: int = 1, resumed_from_step: int | None = None) -> None:
-        """Record that the stage begins, and with what."""
+        """Record that the stage begins, and with what. Until here nothing of the run was touched."""
+        self.began = True
         write_atomic(self.run.recipe, self.loaded.text.encode())
         write_atomic(self.run.resolved, resolved_yaml(self.loaded).encode())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self.run.write_environment(self.recipe.seed, device)
-        self.journal.append(
+        recipe, events = self.recipe, list[Event]()
+        if self.state.started is None:
+            events.append(
+                RunStarted(run_id=uuid.uuid4().hex[:12], name=recipe.name, seed=recipe.seed, version=__version__)
+            )
+        events.append(
             StageStarted(
                 stage=self.stage, fingerprint=self.fingerprint, attempt=attempt, resumed_from_step=resumed_from_step
             )
         )
+        self.state = replay([*self.journal.entries, *map(self.journal.append, events)])
 
     def finish(self, summary: dict[str, float | str | None]) -> Result:
         """Record that the stage is done; its artefacts are in place."""
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._clock_start
         self.journal.append(
             StageFinished(stage=self.stage, fingerprint=self.fingerprint, seconds=seconds, summary=summary)
         )
@@ -99,9 +107,7 @@ class Session:
 
 
 @contextmanager
-def open_session(
-    stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequence[Observer]
-) -> Iterator[Session]:
+def open_session(stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequence[Observer]) -> Iterator[Session]:
     """Lock the run folder and open its journal for one stage.
 
     Raises:
@@ -111,22 +117,18 @@ def open_session(
     run = RunDir(path)
     with run.lock(), Journal.open(run.journal, observers) as journal:
         session = Session(stage, loaded, run, journal, observers)
-        if session.state.started is None:
-            started = RunStarted(
-                run_id=uuid.uuid4().hex[:12], name=loaded.recipe.name, seed=loaded.recipe.seed, version=__version__
-            )
-            session.state = replay([journal.append(started)])
         try:
             yield session
-        except RlhfError as error:
-            journal.append(RunStopped(exit_code=error.exit_code, reason=str(error)))
+        except BaseException as error:
+            if session.began:
+                journal.append(RunStopped(exit_code=_exit_code(error), reason=str(error) or type(error).__name__))
             raise
-        except KeyboardInterrupt:
-            journal.append(RunStopped(exit_code=130, reason="interrupted"))
-            raise
-        except Exception as error:
-            journal.append(RunStopped(exit_code=1, reason=f"{type(error).__name__}: {error}"))
-            raise
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, RlhfError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def put_in_place(made: Path, target: Path) -> None:

