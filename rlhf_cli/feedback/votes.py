@@ -171,7 +171,7 @@ class VotesFeedback:
         async with self._asking:
             item_id = await self._buy(group, known, [group.completions[i].text.strip() for i in shown])
         waited_s = 0.0 if known.submitted_at is None else max(0.0, time.time() - known.submitted_at)
-        self._asked[item_id] = _Asked(group, shown, item_id, since=self._clock() - waited_s)
+        self._asked[item_id] = _Asked(group, shown, item_id, since=self._clock(), waited_s=waited_s)
         self._interval_s = self._poll_s
 
     async def _buy(self, group: Group, known: _Known, texts: Sequence[str]) -> str:
@@ -266,12 +266,15 @@ class VotesFeedback:
 
     async def _hurry(self, asked: _Asked) -> None:
         """End an item that its service forgot to end, by our own clock: theirs may be off."""
-        overdue_s = self._clock() - asked.since - self._spec.ttl_s - DRAIN_S
-        if overdue_s > SLACK_S:
-            late_s = overdue_s + DRAIN_S
-            self._give_up(asked, f"item {asked.item_id} was still {asked.state} {late_s:.0f} s after its time to live")
-        elif overdue_s > 0 and not asked.stopped:
-            asked.stopped = True
+        now = self._clock()
+        if asked.stopped_at is not None:
+            if now - asked.stopped_at > SLACK_S:
+                why = (
+                    f"item {asked.item_id} was still {asked.state} long after its time to live and could not be stopped"
+                )
+                self._give_up(asked, why)
+        elif now - asked.since > self._spec.ttl_s + DRAIN_S:
+            asked.stopped_at = now
             try:
                 await self._flow.stop(asked.item_id)
             except FlowRefused:
@@ -301,23 +304,29 @@ class VotesFeedback:
         complete = status.state is ItemState.COMPLETED or wins.votes >= least
         if wins.votes == 0:
             self._give_up(asked, f"no votes on item {asked.item_id}", incomplete=True)
-        elif not complete and self._incomplete == "drop":
+            return
+        wins = spread(wins, asked.shown, len(asked.group.completions))
+        if complete or self._incomplete == "use":
+            ranked = self._record(asked, wins, complete)
+            self._figures.decided += 1
+            self._done(asked, incomplete=not complete)
+            self._decided.put(ranked)
+        else:
+            # Set aside first: whatever dies in between, votes that the policy drops are never trained on.
             why = f"only {wins.votes:g} of at least {least} votes on item {asked.item_id}"
             self._give_up(asked, why, incomplete=True)
-        else:
-            self._rank(asked, spread(wins, asked.shown, len(asked.group.completions)), complete)
+            self._record(asked, wins, complete)
 
-    def _rank(self, asked: _Asked, wins: WinMatrix, complete: bool) -> None:
-        source, latency_s = f"item:{asked.item_id}", self._clock() - asked.since
+    def _record(self, asked: _Asked, wins: WinMatrix, complete: bool) -> RankedGroup:
+        """Keep votes that were paid for, whether they will train or not."""
+        source, latency_s = f"item:{asked.item_id}", asked.waited_s + self._clock() - asked.since
         rows = tuple(tuple(row) for row in wins.wins.tolist())
         self._journal(
             GroupRanked(group_id=asked.group.id, source=source, wins=rows, latency_s=latency_s, complete=complete)
         )
         self._figures.votes += wins.votes
-        self._figures.ranked += 1
         self._figures.latencies_s.append(latency_s)
-        self._done(asked, incomplete=not complete)
-        self._decided.put(RankedGroup(asked.group, wins, source, latency_s, complete))
+        return RankedGroup(asked.group, wins, source, latency_s, complete)
 
     def _give_up(self, asked: _Asked, reason: str, *, incomplete: bool = False) -> None:
         self._set_aside(asked.group, reason)
@@ -331,6 +340,7 @@ class VotesFeedback:
     def _set_aside(self, group: Group, reason: str) -> None:
         self._journal(GroupSetAside(group_id=group.id, reason=reason))
         self._figures.set_aside += 1
+        self._figures.decided += 1
         self._decided.put(Unranked(group, reason))
 
 
@@ -370,10 +380,12 @@ class _Asked:
     shown: tuple[int, ...]
     item_id: str
     since: float
-    """Clock time of the asking, seconds."""
+    """Clock time at which this process began to wait, seconds."""
+    waited_s: float
+    """How long earlier processes had waited."""
     votes: int = 0
     state: ItemState | None = None
-    stopped: bool = False
+    stopped_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -385,15 +397,12 @@ class _Figures:
     ended: int = 0
     """Items with an outcome."""
     incomplete: int = 0
+    decided: int = 0
+    """Groups with an outcome, asked about or not."""
     set_aside: int = 0
-    ranked: int = 0
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     recent: deque[tuple[float, float]] = field(default_factory=deque)
     """Clock time and votes, of the last minute."""
-
-    @property
-    def decided(self) -> int:
-        return self.ranked + self.set_aside
 
     def tick(self, now: float, running: float) -> None:
         self.recent.append((now, self.votes + running))
