@@ -1,27 +1,27 @@
 """People compare the completions: every group becomes one item at a flow service, never two.
 
 The asking runs in a thread of its own with an asyncio loop, so the trainer never waits for it. What happened goes to
-the journal before anybody acts on it; `_buy` and `_one_item` are the heart of "no item bought twice".
+the journal before anybody acts on it. Buying exactly one item per group is in `buying`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import queue
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cli.errors import FlowRefused, FlowUnavailable
+from rlhf_cli.errors import FlowRefused
+from rlhf_cli.feedback.buying import Buyer, Known
+from rlhf_cli.feedback.figures import Figures
 from rlhf_cli.flow.base import BadAnswer, Flow, FlowSpec, ItemState, ItemStatus
-from rlhf_cli.journal.events import DatasetCreated, Event, GroupIntended, GroupRanked, GroupSetAside, GroupSubmitted
+from rlhf_cli.journal.events import Event, GroupRanked, GroupSetAside
 from rlhf_cli.journal.replay import GroupState
 from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
 
@@ -30,8 +30,6 @@ DRAIN_S = 60.0
 SLACK_S = 30.0
 """How long an item may then still go without an outcome."""
 ASKING_AT_ONCE = 8
-CREATE_ATTEMPTS = 5
-DATASET_ATTEMPTS = 3
 BAD_ANSWERS_IN_A_ROW = 3
 SLOWEST_POLL = 4.0
 """Longest time between two looks, in multiples of `poll_s`."""
@@ -77,7 +75,7 @@ class VotesFeedback:
         self._poll_s = poll_s
         self._clock = clock
         self._jitter = random.Random(run_id)
-        self._figures = _Figures(votes=votes_before)
+        self._figures = Figures(votes=votes_before)
         self._decided: queue.SimpleQueue[RankedGroup | Unranked] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._begun = 0
@@ -94,12 +92,12 @@ class VotesFeedback:
     # The trainer's side; none of this waits for the network.
 
     def submit(self, group: Group) -> None:
-        self._begin(group, _Known())
+        self._begin(group, Known())
 
     def resume(self, open_groups: Iterable[GroupState]) -> None:
         """Go on with groups that an earlier process was asking about, from what the journal knows of each."""
         for state in open_groups:
-            known = _Known(state.key, state.dataset_id, state.item_id, state.submitted_at)
+            known = Known(state.key, state.dataset_id, state.item_id, state.submitted_at)
             self._begin(state.sampled.group(), known)
 
     def collect(self) -> list[RankedGroup | Unranked]:
@@ -119,7 +117,7 @@ class VotesFeedback:
             self._loop.call_soon_threadsafe(self._end.set)
             self._thread.join()
 
-    def _begin(self, group: Group, known: _Known) -> None:
+    def _begin(self, group: Group, known: Known) -> None:
         self._begun += 1
         self._loop.call_soon_threadsafe(lambda: self._start(self._ask(group, known)))
 
@@ -132,6 +130,9 @@ class VotesFeedback:
     async def _main(self) -> None:
         try:
             self._flow = self._connect()
+            self._buyer = Buyer(
+                self._flow, self._flow_id, self._run_id, self._spec.ttl_s, self._settle_s, self._journal
+            )
         except Exception as error:
             self._fail(error)
             await self._end.wait()
@@ -163,78 +164,16 @@ class VotesFeedback:
             for task in self._tasks:
                 task.cancel()
 
-    async def _ask(self, group: Group, known: _Known) -> None:
+    async def _ask(self, group: Group, known: Known) -> None:
         shown = distinct(group)
         if len(shown) < 2:
             self._set_aside(group, "fewer than two different completions that are not empty: nothing to compare")
             return
         async with self._asking:
-            item_id = await self._buy(group, known, [group.completions[i].text.strip() for i in shown])
+            item_id = await self._buyer.item_of(group, shown_texts(group, shown), known)
         waited_s = 0.0 if known.submitted_at is None else max(0.0, time.time() - known.submitted_at)
         self._asked[item_id] = _Asked(group, shown, item_id, since=self._clock(), waited_s=waited_s)
         self._interval_s = self._poll_s
-
-    async def _buy(self, group: Group, known: _Known, texts: Sequence[str]) -> str:
-        """The id of the one item of `group`.
-
-        Three facts are journalled on the way, each before the next step, so a restart knows where to go on:
-
-        1. intended: nothing exists yet, but from here on it may.
-        2. dataset created: all candidates are at the service. Its id is the tag by which the item can be recognised.
-        3. submitted: the item's id.
-        """
-        if known.item_id is not None:
-            return known.item_id
-        key = known.key
-        if key is None:
-            key = hashlib.sha256(f"{self._run_id}/{group.id}".encode()).hexdigest()
-            self._journal(GroupIntended(group_id=group.id, key=key))
-        dataset_id = known.dataset_id
-        if dataset_id is None:
-            dataset_id = await self._dataset(group, texts, key)
-            self._journal(DatasetCreated(group_id=group.id, dataset_id=dataset_id))
-        item_id = await self._one_item(group, dataset_id, key, doubt=known.dataset_id is not None)
-        self._journal(GroupSubmitted(group_id=group.id, dataset_id=dataset_id, item_id=item_id))
-        return item_id
-
-    async def _one_item(self, group: Group, dataset_id: str, key: str, *, doubt: bool) -> str:
-        """Create the item of a dataset, unless it exists.
-
-        It may exist whenever there is `doubt`: after a restart, or when the answer to a creation was lost. A service
-        with idempotency keys sorts that out itself. With any other: wait until the item would show in the list, adopt
-        it if it does, and create it only if it does not.
-        """
-        has_keys = (await self._flow.capabilities()).idempotency
-        for attempt in range(1, CREATE_ATTEMPTS + 1):
-            if doubt and not has_keys:
-                await asyncio.sleep(self._settle_s)
-                if found := await self._flow.find_item(self._flow_id, dataset_id):
-                    return found.item_id
-            try:
-                return await self._flow.create_item(self._flow_id, dataset_id, group.prompt.text, self._spec.ttl_s, key)
-            except (FlowUnavailable, BadAnswer):
-                if has_keys or attempt == CREATE_ATTEMPTS:
-                    raise
-                doubt = True
-        raise AssertionError("unreachable")
-
-    async def _dataset(self, group: Group, texts: Sequence[str], key: str) -> str:
-        """A dataset with all candidates. It costs nothing, so one that may be half filled is left behind."""
-        for attempt in range(1, DATASET_ATTEMPTS + 1):
-            try:
-                dataset_id = await self._flow.create_dataset(f"{self._spec.name} {group.id}", f"{key}-dataset")
-                added = await asyncio.gather(
-                    *(self._flow.add_datapoint(dataset_id, i, text) for i, text in enumerate(texts)),
-                    return_exceptions=True,
-                )
-                for error in added:
-                    if error is not None:
-                        raise error
-                return dataset_id
-            except FlowUnavailable:
-                if attempt == DATASET_ATTEMPTS:
-                    raise
-        raise AssertionError("unreachable")
 
     async def _poll(self) -> None:
         while True:
@@ -282,9 +221,8 @@ class VotesFeedback:
 
     async def _conclude(self, asked: _Asked, status: ItemStatus) -> None:
         """Take the votes of an item that has ended: the first such snapshot is the one that counts."""
-        texts = [asked.group.completions[i].text.strip() for i in asked.shown]
         try:
-            wins = await self._flow.vote_matrix(asked.item_id, texts)
+            wins = await self._flow.vote_matrix(asked.item_id, shown_texts(asked.group, asked.shown))
         except BadAnswer as error:
             self._bad_answers += 1
             if self._bad_answers >= BAD_ANSWERS_IN_A_ROW:
@@ -354,22 +292,16 @@ def distinct(group: Group) -> tuple[int, ...]:
     return tuple(first.values())
 
 
+def shown_texts(group: Group, shown: Sequence[int]) -> list[str]:
+    """What raters read, and what the service calls the completions by."""
+    return [group.completions[index].text.strip() for index in shown]
+
+
 def spread(wins: WinMatrix, shown: Sequence[int], size: int) -> WinMatrix:
     """The votes on the `shown` completions in a matrix over all `size`; those not shown have none."""
     whole = np.zeros((size, size))
     whole[np.ix_(shown, shown)] = wins.wins
     return WinMatrix(whole)
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the journal says about a group that is asked about again."""
-
-    key: str | None = None
-    dataset_id: str | None = None
-    item_id: str | None = None
-    submitted_at: float | None = None
-    """Unix time, seconds."""
 
 
 @dataclass(slots=True)
@@ -386,39 +318,3 @@ class _Asked:
     votes: int = 0
     state: ItemState | None = None
     stopped_at: float | None = None
-
-
-@dataclass(slots=True)
-class _Figures:
-    """What `status` tells; written by the asking thread, read by any."""
-
-    votes: float
-    """Delivered, in decided groups."""
-    ended: int = 0
-    """Items with an outcome."""
-    incomplete: int = 0
-    decided: int = 0
-    """Groups with an outcome, asked about or not."""
-    set_aside: int = 0
-    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
-    recent: deque[tuple[float, float]] = field(default_factory=deque)
-    """Clock time and votes, of the last minute."""
-
-    def tick(self, now: float, running: float) -> None:
-        self.recent.append((now, self.votes + running))
-        while now - self.recent[0][0] > 60:
-            self.recent.popleft()
-
-    def rows(self, running: float) -> dict[str, float]:
-        """Metrics; what nothing is known about yet is left out."""
-        rows = {"flow/votes_total": self.votes + running, "flow/set_aside_total": float(self.set_aside)}
-        if self.ended:
-            rows["flow/incomplete_frac"] = self.incomplete / self.ended
-        if latencies_s := list(self.latencies_s):
-            p50, p95 = np.quantile(latencies_s, (0.5, 0.95))
-            rows |= {"flow/latency_p50_s": float(p50), "flow/latency_p95_s": float(p95)}
-        recent = list(self.recent)
-        if len(recent) > 1 and recent[-1][0] > recent[0][0]:
-            (start, before), (end, after) = recent[0], recent[-1]
-            rows["flow/votes_per_min"] = 60 * (after - before) / (end - start)
-        return rows

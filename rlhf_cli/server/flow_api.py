@@ -16,8 +16,9 @@ from rlhf_cli.flow import wire
 from rlhf_cli.flow.base import Responses
 from rlhf_cli.ranking.bradley_terry import rank
 from rlhf_cli.server.problems import Problem
+from rlhf_cli.server.records import Candidate, ItemRecord
 from rlhf_cli.server.requests import for_role, read, read_bytes, whole_number
-from rlhf_cli.server.store import Candidate, ItemRecord, Store
+from rlhf_cli.server.store import Store
 from rlhf_cli.server.tokens import ACCESS_TTL_S, Token
 
 DEFAULT_TTL_S = 240.0

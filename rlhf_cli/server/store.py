@@ -26,6 +26,7 @@ from rlhf_cli.flow.wire import MAX_CANDIDATES, MIN_CANDIDATES, Outcome
 from rlhf_cli.server.database import Database
 from rlhf_cli.server.pairs import choose_pair
 from rlhf_cli.server.problems import Problem
+from rlhf_cli.server.records import Candidate, FlowRecord, ItemRecord, LeasedPair, Vote, flow_of, item_of, vote_of
 from rlhf_cli.server.tokens import Tokens
 from rlhf_cli.types import WinMatrix
 
@@ -40,68 +41,6 @@ class Once:
 
     key: str
     body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FlowRecord:
-    id: str
-    name: str
-    instruction: str
-    responses: Responses
-    created_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One completion of an item; its position is its place among the item's candidates by `sort_index`."""
-
-    id: str
-    sort_index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ItemRecord:
-    id: str
-    flow_id: str
-    dataset_id: str
-    context: str
-    size: int
-    responses: Responses
-    state: ItemState
-    votes: int
-    """Counted votes: neither late nor skipped."""
-    created_at: float
-    expires_at: float
-    started_at: float | None
-    ended_at: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedPair:
-    """One pair, handed to one rater; `left` and `right` are texts."""
-
-    id: str
-    prompt: str
-    instruction: str
-    left: str
-    right: str
-    expires_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A raw vote; `left` and `right` are positions in the item, as they were shown."""
-
-    lease_id: str
-    item_id: str
-    rater_id: str
-    left: int
-    right: int
-    outcome: Outcome
-    response_ms: int | None
-    late: bool
-    created_at: float
 
 
 class Store:
@@ -146,7 +85,7 @@ class Store:
     def flow(self, flow_id: str) -> tuple[FlowRecord, int]:
         """A flow and how many items it has."""
         with self._database.transaction() as db:
-            flow = _flow(_row(db, "flows", flow_id))
+            flow = flow_of(_row(db, "flows", flow_id))
             (count,) = db.execute("SELECT COUNT(*) FROM items WHERE flow_id = ?", (flow_id,)).fetchone()
         return flow, int(count)
 
@@ -154,7 +93,7 @@ class Store:
         """How many flows there are with such a name, and a page of them."""
         with self._database.transaction() as db:
             total, rows = _page(db, "flows", "instr(name, ?) > 0", name_contains, offset, limit, newest_first)
-        return total, [_flow(row) for row in rows]
+        return total, [flow_of(row) for row in rows]
 
     def create_dataset(self, name: str, once: Once | None = None) -> str:
         def make(db: sqlite3.Connection) -> str:
@@ -190,7 +129,7 @@ class Store:
 
     def create_item(self, flow_id: str, dataset_id: str, context: str, ttl_s: float, once: Once | None = None) -> str:
         def make(db: sqlite3.Connection) -> str:
-            flow = _flow(_row(db, "flows", flow_id))
+            flow = flow_of(_row(db, "flows", flow_id))
             _row(db, "datasets", dataset_id)
             size = len(_datapoints(db, dataset_id))
             if size < MIN_CANDIDATES:
@@ -211,7 +150,7 @@ class Store:
     def item(self, item_id: str) -> ItemRecord:
         with self._database.transaction() as db:
             self._advance(db)
-            return _item(_row(db, "items", item_id))
+            return item_of(_row(db, "items", item_id))
 
     def items(self, flow_id: str, offset: int, limit: int, *, newest_first: bool) -> tuple[int, list[ItemRecord]]:
         """How many items a flow has, and a page of them."""
@@ -219,7 +158,7 @@ class Store:
             self._advance(db)
             _row(db, "flows", flow_id)
             total, rows = _page(db, "items", "flow_id = ?", flow_id, offset, limit, newest_first)
-        return total, [_item(row) for row in rows]
+        return total, [item_of(row) for row in rows]
 
     def stop(self, item_id: str) -> None:
         """End an item; one that has ended stays as it is."""
@@ -249,7 +188,7 @@ class Store:
                 "leases WHERE item_id = items.id AND state = 'live') < max ORDER BY created_at, rowid"
             )
             for row in open_items.fetchall():
-                item = _item(row)
+                item = item_of(row)
                 shown: dict[tuple[int, int], int] = {}
                 seen: set[tuple[int, int]] = set()
                 leases = db.execute("SELECT rater_id, left, right, state FROM leases WHERE item_id = ?", (item.id,))
@@ -312,20 +251,7 @@ class Store:
         where, values = ("WHERE item_id = ?", (item_id,)) if item_id is not None else ("", ())
         with self._database.transaction() as db:
             rows = db.execute(f"SELECT * FROM votes {where} ORDER BY id", values).fetchall()
-        return [
-            Vote(
-                lease_id=row["lease_id"],
-                item_id=row["item_id"],
-                rater_id=row["rater_id"],
-                left=row["left"],
-                right=row["right"],
-                outcome=row["outcome"],
-                response_ms=row["response_ms"],
-                late=bool(row["late"]),
-                created_at=row["created_at"],
-            )
-            for row in rows
-        ]
+        return [vote_of(row) for row in rows]
 
     def matrix(self, item_id: str) -> WinMatrix:
         """The counted votes on an item by position; a tie, and two bad ones, are half a vote each way."""
@@ -401,28 +327,6 @@ def _page(
 
 def _datapoints(db: sqlite3.Connection, dataset_id: str) -> list[sqlite3.Row]:
     return db.execute("SELECT * FROM datapoints WHERE dataset_id = ? ORDER BY sort_index", (dataset_id,)).fetchall()
-
-
-def _flow(row: sqlite3.Row) -> FlowRecord:
-    responses = Responses(row["min"], row["desired"], row["max"])
-    return FlowRecord(row["id"], row["name"], row["instruction"], responses, row["created_at"])
-
-
-def _item(row: sqlite3.Row) -> ItemRecord:
-    return ItemRecord(
-        id=row["id"],
-        flow_id=row["flow_id"],
-        dataset_id=row["dataset_id"],
-        context=row["context"],
-        size=row["size"],
-        responses=Responses(row["min"], row["desired"], row["max"]),
-        state=ItemState(row["state"]),
-        votes=row["votes"],
-        created_at=row["created_at"],
-        expires_at=row["expires_at"],
-        started_at=row["started_at"],
-        ended_at=row["ended_at"],
-    )
 
 
 def _new_id(kind: str) -> str:

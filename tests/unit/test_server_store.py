@@ -16,7 +16,8 @@ from rlhf_cli.errors import RunDamaged
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.server.pairs import choose_pair
 from rlhf_cli.server.problems import Problem
-from rlhf_cli.server.store import LEASE_S, LeasedPair, Once, Store
+from rlhf_cli.server.records import LeasedPair
+from rlhf_cli.server.store import LEASE_S, Once, Store
 
 
 def open_item(world: World, texts: int = 4, responses: Responses = SPEC.responses, ttl_s: float = 600) -> str:

@@ -1,0 +1,102 @@
+"""One item per group, never two, whatever dies and whenever.
+
+Creating an item costs money, and a service may make one without its answer reaching us. Three facts are journalled on
+the way, each before the next step, so a restart knows where to go on:
+
+1. intended: nothing exists yet, but from here on it may.
+2. dataset created: all candidates are at the service. Its id is the tag by which the item can be recognised.
+3. submitted: the item's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rlhf_cli.errors import FlowUnavailable
+from rlhf_cli.flow.base import BadAnswer, Flow
+from rlhf_cli.journal.events import DatasetCreated, Event, GroupIntended, GroupSubmitted
+from rlhf_cli.types import Group
+
+CREATE_ATTEMPTS = 5
+DATASET_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the journal says about a group that is asked about again."""
+
+    key: str | None = None
+    dataset_id: str | None = None
+    item_id: str | None = None
+    submitted_at: float | None = None
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buyer:
+    """Buys items for one run in one flow; `settle_s` is how long the service may take to list what it has made."""
+
+    flow: Flow
+    flow_id: str
+    run_id: str
+    ttl_s: float
+    settle_s: float
+    journal: Callable[[Event], object]
+
+    async def item_of(self, group: Group, texts: Sequence[str], known: Known) -> str:
+        """The id of the one item of `group`, which shows `texts`: bought now, or found where it exists already."""
+        if known.item_id is not None:
+            return known.item_id
+        key = known.key
+        if key is None:
+            key = hashlib.sha256(f"{self.run_id}/{group.id}".encode()).hexdigest()
+            self.journal(GroupIntended(group_id=group.id, key=key))
+        dataset_id = known.dataset_id
+        if dataset_id is None:
+            dataset_id = await self._dataset(group, texts, key)
+            self.journal(DatasetCreated(group_id=group.id, dataset_id=dataset_id))
+        item_id = await self._one_item(group, dataset_id, key, doubt=known.dataset_id is not None)
+        self.journal(GroupSubmitted(group_id=group.id, dataset_id=dataset_id, item_id=item_id))
+        return item_id
+
+    async def _one_item(self, group: Group, dataset_id: str, key: str, *, doubt: bool) -> str:
+        """Create the item of a dataset, unless it exists.
+
+        It may exist whenever there is `doubt`: after a restart, or when the answer to a creation was lost. A service
+        with idempotency keys sorts that out itself. With any other: wait until the item would show in the list, adopt
+        it if it does, and create it only if it does not.
+        """
+        has_keys = (await self.flow.capabilities()).idempotency
+        for attempt in range(1, CREATE_ATTEMPTS + 1):
+            if doubt and not has_keys:
+                await asyncio.sleep(self.settle_s)
+                if found := await self.flow.find_item(self.flow_id, dataset_id):
+                    return found.item_id
+            try:
+                return await self.flow.create_item(self.flow_id, dataset_id, group.prompt.text, self.ttl_s, key)
+            except (FlowUnavailable, BadAnswer):
+                if has_keys or attempt == CREATE_ATTEMPTS:
+                    raise
+                doubt = True
+        raise AssertionError("unreachable")
+
+    async def _dataset(self, group: Group, texts: Sequence[str], key: str) -> str:
+        """A dataset with all candidates. It costs nothing, so one that may be half filled is left behind."""
+        for attempt in range(1, DATASET_ATTEMPTS + 1):
+            try:
+                dataset_id = await self.flow.create_dataset(f"group {group.id} of run {self.run_id}", f"{key}-dataset")
+                added = await asyncio.gather(
+                    *(self.flow.add_datapoint(dataset_id, i, text) for i, text in enumerate(texts)),
+                    return_exceptions=True,
+                )
+                for error in added:
+                    if error is not None:
+                        raise error
+                return dataset_id
+            except FlowUnavailable:
+                if attempt == DATASET_ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
