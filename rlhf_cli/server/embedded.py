@@ -67,6 +67,8 @@ class EmbeddedFlow:
         self._thread = threading.Thread(target=self._run, name="rlhf-flow-server", daemon=True)
         self._thread.start()
         self._ready.wait()
+        if self._failure is not None:
+            self.__exit__(None, None, None)
         return self
 
     def __exit__(
