@@ -1,3 +1,17 @@
-"""Fixtures of a flow server in memory, for every test that wants one."""
+"""Fixtures that many tests share, and the settings of the model libraries: they must stand before torch is imported."""
+
+from __future__ import annotations
+
+import os
 
 from flow_world import clock, store, world  # noqa: F401
+from tiny_world import recipe, tiny  # noqa: F401
+
+for name, value in {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on busy cores cost up to twenty times the work itself
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}.items():
+    os.environ.setdefault(name, value)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_cli.errors import DataError, MissingStage
 from rlhf_cli.policy.packaged import PACKAGED, model_dir
@@ -54,12 +60,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model.
+    """Load a causal language model. Of its own generation settings only the special tokens are kept.
 
     Raises:
         DataError: Nothing loadable there.
     """
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+    # How to sample is the recipe's to say: a repetition penalty that a model brings along would make what is sampled
+    # another distribution than the one that is scored and trained.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     model.get_output_embeddings().__class__ = _Head
     return model
 
