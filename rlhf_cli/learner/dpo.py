@@ -34,8 +34,8 @@ class Batch:
 class GroupDPOTrainer(DPOTrainer):
     """Takes one step on each batch of ranked groups that `batches` yields, until `max_steps`.
 
-    TRL gives the optimizer, the schedule, clipping, precision and checkpoints. Overridden are only the places where data
-    comes in and the loss itself: each completion goes through the model once, whatever the number of its pairs, and the
+    TRL gives the optimizer, the schedule, clipping and checkpoints. Overridden are only the places where data comes in
+    and the loss itself: each completion goes through the model once, whatever the number of its pairs, and the
     reference log-probabilities were stored when the group was sampled.
     """
 

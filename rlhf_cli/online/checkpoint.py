@@ -67,7 +67,9 @@ def latest(run: RunDir) -> Checkpoint | None:
                 raise RunDamaged(f"{path / name} is not what {MANIFEST} says; the checkpoint is damaged")
         consumed = json.loads((path / CONSUMED).read_bytes())
     except (OSError, ValueError, KeyError) as error:
-        raise RunDamaged(f"the checkpoint {path} is incomplete: {error}; restore it, or start over with --fresh") from error
+        raise RunDamaged(
+            f"the checkpoint {path} is incomplete: {error}; restore it, or start over with --fresh"
+        ) from error
     return Checkpoint(path, consumed["step"], {int(k): tuple(v) for k, v in consumed["consumed"].items()})
 
 

@@ -23,7 +23,12 @@ class Recorder(TrainerCallback):
     """Writes down what a step trained on, what it measured, and when its checkpoint is whole."""
 
     def __init__(
-        self, run: RunDir, journal: Journal, metrics: MetricsWriter, stream: Stream, consumed: dict[int, tuple[str, ...]]
+        self,
+        run: RunDir,
+        journal: Journal,
+        metrics: MetricsWriter,
+        stream: Stream,
+        consumed: dict[int, tuple[str, ...]],
     ) -> None:
         self.run, self.journal, self.metrics, self.stream = run, journal, metrics, stream
         self.consumed = consumed
@@ -53,7 +58,11 @@ class Recorder(TrainerCallback):
         self.stream.step = state.global_step
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None,
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
         if logs is None or "loss" not in logs:  # the summary after the last step is no step

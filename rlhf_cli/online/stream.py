@@ -85,7 +85,8 @@ class Stream:
         self.ready.extend(self._ranked[g.sampled.group_id] for g in state.ready_groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        for recorded in self._recorded[self.step :]:  # after a crash: the steps since the checkpoint, exactly as they were
+        since_checkpoint = self._recorded[self.step :]
+        for recorded in since_checkpoint:  # after a crash: exactly as they were
             groups = [self._ranked[group_id] for group_id in recorded.group_ids]
             yield self._deliver(Batch(groups, recorded.beta or self.online.learner.beta))
         while True:
@@ -213,7 +214,9 @@ class Stream:
     def _check_deadline(self) -> None:
         deadline_s = self.recipe.budget.deadline_s
         if deadline_s is not None and self.clock() - self.started > deadline_s:
-            raise BudgetReached(f"budget.deadline of {deadline_s:g} s is reached after step {self.step}; resume goes on")
+            raise BudgetReached(
+                f"budget.deadline of {deadline_s:g} s is reached after step {self.step}; resume goes on"
+            )
 
     def _deliver(self, batch: Batch) -> Batch:
         self.batch = batch

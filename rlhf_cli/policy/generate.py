@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TopPLogitsWarper,
 )
 
 from rlhf_cli.errors import DataError
@@ -35,6 +36,21 @@ class _RowTemperature(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores / self.temperature_B1
+
+
+class _Draw(LogitsProcessor):
+    """Draws the next token by inverting the distribution function, and leaves only that token possible.
+
+    One uniform number a row; `torch.multinomial` draws one for every token of the vocabulary (seen: a quarter of the time
+    spent generating on CPU).
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        uniform_B1 = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
+        drawn_B1 = drawn_B1.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B1, 0.0)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
@@ -86,15 +102,13 @@ def sample(
             ids_BT, mask_BT = pad_left(prompts, pad_id, device)
             # Temperature 0 as a very cold draw keeps greedy and sampled rows in one batch.
             temperature_B = torch.tensor(row_temperatures, device=device).clamp(min=1e-4)
+            top_p_only = [TopPLogitsWarper(top_p)] if top_p < 1 else []
             out_BT = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
-                logits_processor=LogitsProcessorList([_RowTemperature(temperature_B)]),
+                logits_processor=LogitsProcessorList([_RowTemperature(temperature_B), *top_p_only, _Draw()]),
                 generation_config=GenerationConfig(
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=top_p,
+                    do_sample=False,  # the one token that is left is the most likely one
                     max_new_tokens=max_new_tokens,
                     eos_token_id=list(stop_ids),
                     pad_token_id=pad_id,

@@ -74,7 +74,9 @@ class Policy:
         self.dtype = precision(recipe.compute.precision, device)
         generator_dtype = precision(recipe.compute.generator_precision, device)
         self.generator = None if generator_dtype == base.dtype else copy.deepcopy(base).to(generator_dtype).eval()
-        self.reference = reference if reference is not None else frozen_copy(base)
+        if reference is None:
+            reference = frozen_copy(base) if train else base
+        self.reference = reference
         self.model: PreTrainedModel | PeftModel = base if lora is None else get_peft_model(base, lora)
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)
@@ -130,7 +132,7 @@ class Policy:
         with self.phase("reference"):
             token_ids = [s.token_ids for s in sampled]
             logps = self.logps(self.model, rows, token_ids)
-            ref_logps = self.logps(self.reference, rows, token_ids)
+            ref_logps = logps if self.reference is self.model else self.logps(self.reference, rows, token_ids)
         completions = [
             Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended)
             for s, logp, ref_logp in zip(sampled, logps, ref_logps, strict=True)
