@@ -166,15 +166,29 @@ class HttpCalls:
                 return False
             return True if error.wait_s is None else error.wait_s
 
-        try:
+        tried = 0
+
+        async def attempts() -> _Reply:
+            nonlocal tried
             async for attempt in stamina.retry_context(
                 on=again, attempts=None, timeout=self._patience.retry_s, wait_initial=0.2, wait_max=8.0, wait_jitter=0.5
             ):
                 with attempt:
+                    tried += 1
                     reply = await self._authorized(request)
                     if reply.status == 429 or reply.status >= 500:
                         # 429 turns a request away at the door; after a 5xx anything may have happened.
                         raise _Transient(f"answered {reply.status}", effect=reply.status != 429, wait_s=reply.wait_s)
+            return reply
+
+        try:
+            try:
+                reply = await attempts()
+            except _Transient as error:
+                # A process that was stopped, or starved of its core, for longer than the deadline has not really tried.
+                if tried > 1 or again(error) is False:
+                    raise
+                reply = await attempts()
         except _Transient as error:
             raise FlowUnavailable(
                 f"{place}: {error}. "
@@ -311,6 +325,8 @@ def retry_after_s(value: str | None, now: datetime | None = None) -> float | Non
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: set[int] = set()  # an exception that is raised twice can be its own context
+    while error is not None and id(error) not in seen:
         yield error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__

@@ -45,26 +45,26 @@ class FlowCreated(Body):
 class FlowDocument(Body):
     """A flow as the server shows it. Without `_t`, `id`, `name` or `featureFlags` the official SDK breaks."""
 
-    t: Literal["RankingFlow"] = Field("RankingFlow", alias="_t")
+    t: str = Field("RankingFlow", alias="_t")
     id: str
     name: str
     criteria: str
     min_responses: int
     max_responses: int
     serve_responses: int | None = None
-    feature_flags: list[dict[str, str]] = []
-    flow_item_count: int = 0
-    starting_elo: int = 1200
+    feature_flags: list[Any] | None = []
+    flow_item_count: int | None = 0
+    starting_elo: int | None = 1200
     created_at: str | None = None
 
 
 class FlowRow(Body):
     id: str
     name: str
-    type: str = "Ranking"
-    owner_id: str = "00000000-0000-4000-8000-000000000000"
-    owner_mail: str = ""
-    organization_id: str = ""
+    type: str | None = "Ranking"
+    owner_id: str | None = "00000000-0000-4000-8000-000000000000"
+    owner_mail: str | None = ""
+    organization_id: str | None = ""
     created_at: str | None = None
 
 

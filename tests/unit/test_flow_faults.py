@@ -77,6 +77,17 @@ async def test_a_lasting_fault_ends_in_an_error_that_names_the_endpoint_and_the_
     await client.close()
 
 
+async def test_a_process_that_slept_through_its_deadline_still_tries_again(world: World) -> None:
+    stamina.set_testing(False)
+    client = world.client(PLAIN, patience=Patience(attempt_s=5.0, retry_s=1e-9))
+    world.transport.before = once(httpx.ReadTimeout("slept"), path_end="/flow")
+    assert await client.find_flow(SPEC) is None
+    world.transport.before = once(*[httpx.ReadTimeout("gone")] * 2, path_end="/flow")
+    with pytest.raises(FlowUnavailable):
+        await client.find_flow(SPEC)
+    await client.close()
+
+
 @pytest.mark.parametrize("fault", [httpx.Response(500), httpx.Response(502), httpx.ReadError("reset")], ids=repr)
 async def test_a_creation_that_may_have_happened_is_not_repeated(
     world: World, fault: httpx.Response | Exception
