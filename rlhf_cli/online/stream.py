@@ -104,8 +104,8 @@ class Stream:
             well_fed = len(self.ready) >= 2 * wanted
             if len(self.ready) >= enough and (sampled or well_fed or not self._room()):
                 break
-            if self._room():
-                self._sample()
+            if count := self._room():
+                self._sample(count)
                 sampled = True
             elif self.outstanding:
                 with self.policy.phase("wait"):
@@ -117,13 +117,15 @@ class Stream:
                 raise BudgetReached(f"the budget allows no further group: {self._spent()}; raise it and --resume")
         return [self.ready.popleft() for _ in range(min(wanted, len(self.ready)))]
 
-    def _room(self) -> bool:
-        """Whether another `prompts_per_step` groups may be sampled now."""
+    def _room(self) -> int:
+        """How many groups may be sampled now: a step's worth at a time, and never more than the run still needs."""
         per_step, unused = self.online.prompts_per_step, self.outstanding + len(self.ready)
-        needed = (self.online.steps - self.step) * per_step - unused
+        count = min(per_step, (self.online.steps - self.step) * per_step - unused)
         # A group with n steps' worth of groups before it will be n steps old when its turn comes.
         ahead = min(self.online.max_in_flight, (self.online.staleness.max_steps + 1) * per_step)
-        return needed > 0 and unused + per_step <= ahead and self._affordable(per_step)
+        if unused + count > ahead:
+            count = per_step - unused  # what the next step lacks, where some groups were set aside
+        return count if count > 0 and self._affordable(count) else 0
 
     def _affordable(self, groups: int) -> bool:
         budget, flow = self.recipe.budget, self.recipe.flow
@@ -133,11 +135,11 @@ class Stream:
         usd = expected * budget.usd_per_1k_votes / 1000
         return (budget.votes is None or expected <= budget.votes) and (budget.usd is None or usd <= budget.usd)
 
-    def _sample(self) -> None:
-        """Sample the next groups with the policy as it is now, record them, ask for votes."""
+    def _sample(self, count: int) -> None:
+        """Sample the next `count` groups with the policy as it is now, record them, ask for votes."""
         self.policy.sync()
         first = self.next_index
-        prompts = [self._prompt(first + i) for i in range(self.online.prompts_per_step)]
+        prompts = [self._prompt(first + i) for i in range(count)]
         groups = self.policy.sample_groups(
             prompts,
             self.online.sampling,

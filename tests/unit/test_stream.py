@@ -1,0 +1,287 @@
+"""The stream: what is sampled when, what waits, what trains, and what a restart makes of it."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stream_world import PROMPTS, Answer, Disk, Killed, People, Writer, sampled, stream, train
+
+from rlhf_cli.errors import BudgetReached, Diverged, Stopped
+from rlhf_cli.journal.events import GroupSetAside, StepTrained
+from rlhf_cli.online import stream as module
+from rlhf_cli.online.stop import StopRequest
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.types import Group
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.0)
+
+
+def recipe(budget: dict[str, Any] | None = None, **online: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "stream",
+            "model": {"path": "none"},
+            "data": {"prompts": "none.jsonl"},
+            "flow": {
+                "service": "embedded",
+                "instruction": "Which?",
+                "responses": {"min": 1, "desired": 3, "max": 3},
+                "crowd": {},
+            },
+            "run_online": {"steps": 6, "prompts_per_step": 2, "group_size": 2, "max_in_flight": 8, **online},
+            "budget": budget or {},
+        }
+    )
+
+
+def latencies(looks: list[int], unanswered: list[bool] = [False]) -> Any:  # noqa: B006
+    """Answers by the index of a group, round and round."""
+    return lambda group: Answer(
+        looks[group.index % len(looks)], 0.0 if unanswered[group.index % len(unanswered)] else 3.0
+    )
+
+
+def test_answers_without_delay_train_the_policy_that_was_sampled() -> None:
+    disk = Disk()
+    batches = train(stream(recipe(), disk, People(disk)), disk)
+    for step, batch in enumerate(batches):
+        assert [g.group.policy_step for g in batch.groups] == [step, step]
+    assert len(sampled(disk)) == 6 * 2
+
+
+def test_slow_answers_are_overlapped_up_to_max_in_flight() -> None:
+    disk, most = Disk(), [0]
+    people = People(disk, latencies([40]))
+    people.on_submit = lambda: most.append(len(people.waiting))
+    train(stream(recipe(), disk, people), disk)
+    assert max(most) == 8
+
+
+answers = st.lists(st.integers(0, 30), min_size=1, max_size=6)
+shape = st.fixed_dictionaries(
+    {
+        "steps": st.integers(1, 6),
+        "prompts_per_step": st.integers(1, 4),
+        "max_in_flight": st.integers(4, 12),
+        "min_ready": st.none() | st.integers(1, 4),
+        "staleness": st.fixed_dictionaries({"max_steps": st.integers(0, 8)}),
+    }
+)
+
+
+@given(shape, answers)
+@settings(deadline=None)
+def test_nothing_is_lost_and_nothing_is_bought_for_nothing(online: dict[str, Any], looks: list[int]) -> None:
+    disk = Disk()
+    people = People(disk, latencies(looks))
+
+    def check() -> None:
+        assert len(people.waiting) <= online["max_in_flight"]
+
+    people.on_submit = check
+    batches = train(stream(recipe(**online), disk, people), disk)
+
+    state = disk.state()  # also proves that no group trained twice
+    assert len(batches) == len(state.steps) == online["steps"]
+    assert people.asked == [event.group_id for event in sampled(disk)]
+    trained = [g.group for batch in batches for g in batch.groups]
+    for step, batch in enumerate(batches):
+        assert 1 <= len(batch.groups) <= online["prompts_per_step"]
+        for g in batch.groups:
+            assert step - g.group.policy_step <= online["staleness"]["max_steps"]
+    aside = disk.of(GroupSetAside)
+    assert all(event.reason.startswith("stale: ") for event in aside)
+    if len(set(looks)) == 1:  # answers in the order of the questions
+        assert not aside
+    if online["min_ready"] is None or online["min_ready"] >= online["prompts_per_step"]:
+        assert len(trained) == online["steps"] * online["prompts_per_step"]
+        assert len(sampled(disk)) == len(trained) + len(aside)
+
+
+@given(shape, answers, st.lists(st.booleans(), min_size=2, max_size=7).filter(lambda lost: not all(lost)))
+@settings(deadline=None)
+def test_groups_without_votes_are_replaced_and_no_more(
+    online: dict[str, Any], looks: list[int], lost: list[bool]
+) -> None:
+    disk = Disk()
+    online = {**online, "min_ready": None}
+    batches = train(stream(recipe(**online), disk, People(disk, latencies(looks, lost))), disk)
+    assert sum(len(batch.groups) for batch in batches) == online["steps"] * online["prompts_per_step"]
+    state = disk.state()
+    assert not state.open_groups
+    assert not state.ready_groups
+    assert all(g.step is not None or g.set_aside is not None for g in state.groups.values())
+
+
+@given(answers, st.integers(1, 60), st.lists(st.integers(1, 3), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_the_budget_of_votes_is_never_exceeded_even_if_all_that_is_asked_is_answered_in_full(
+    looks: list[int], budget: int, votes: list[int]
+) -> None:
+    disk = Disk()
+    people = People(disk, lambda group: Answer(looks[group.index % len(looks)], votes[group.index % len(votes)]))
+
+    def check() -> None:
+        assert people.votes + 3 * len(people.waiting) <= budget
+
+    people.on_submit = check
+    with suppress(BudgetReached):
+        train(stream(recipe({"votes": budget}), disk, people), disk)
+    state = disk.state()
+    assert not state.open_groups  # what was paid for was waited for
+    assert not state.ready_groups  # and learned from
+
+
+def test_a_budget_of_money_counts_by_the_price_of_votes() -> None:
+    disk = Disk()
+    with pytest.raises(BudgetReached):
+        train(stream(recipe({"usd": 0.012, "usd_per_1k_votes": 1.0}), disk, People(disk)), disk)
+    assert len(sampled(disk)) == 4
+
+
+def test_after_the_budget_is_raised_the_run_goes_on_and_earlier_votes_count() -> None:
+    disk = Disk()
+    with pytest.raises(BudgetReached):
+        train(stream(recipe({"votes": 12}), disk, People(disk)), disk)
+    done = len(disk.of(StepTrained))
+    again = stream(recipe({"votes": 36}), disk, People(disk, votes=disk.state().votes_total))
+    assert len(train(again, disk, from_step=done)) == 6 - done
+    assert disk.state().votes_total == 36
+
+
+def test_every_prompt_is_asked_once_a_round_each_round_in_its_own_order() -> None:
+    disk = Disk()
+    train(stream(recipe(steps=10), disk, People(disk, latencies([3, 0, 7]))), disk)
+    asked_for = [event.prompt_id for event in sampled(disk)]
+    rounds = [asked_for[start : start + 5] for start in range(0, 20, 5)]
+    for asked in rounds:
+        assert sorted(asked) == [p.id for p in PROMPTS]
+    assert len({tuple(asked) for asked in rounds}) > 1
+
+
+def test_a_group_that_grew_too_old_is_set_aside_with_its_age() -> None:
+    disk = Disk()
+
+    def slow_first(group: Group) -> Answer:
+        return Answer(30 if group.index == 0 else 0)
+
+    train(stream(recipe(staleness={"max_steps": 1}, steps=60, max_in_flight=8), disk, People(disk, slow_first)), disk)
+    (aside,) = disk.of(GroupSetAside)
+    assert aside.group_id.endswith("-000000")
+    assert "staleness.max_steps is 1" in aside.reason
+    assert disk.state().groups[aside.group_id].step is None
+
+
+def test_a_run_of_which_nothing_can_be_learned_ends() -> None:
+    disk = Disk()
+    with pytest.raises(Diverged, match="no votes"):
+        train(stream(recipe(), disk, People(disk, lambda group: Answer(0, 0.0))), disk)
+    assert not disk.of(StepTrained)
+
+
+def test_the_deadline_ends_the_run_and_a_resume_has_a_new_one() -> None:
+    disk, now = Disk(), [0.0]
+
+    def clock() -> float:
+        now[0] += 1
+        return now[0]
+
+    with pytest.raises(BudgetReached, match="deadline"):
+        train(stream(recipe({"deadline": "4s"}), disk, People(disk), clock=clock), disk)
+    done = len(disk.of(StepTrained))
+    assert 0 < done < 6
+    with pytest.raises(BudgetReached, match="deadline"):
+        train(stream(recipe({"deadline": "4s"}), disk, People(disk), clock=clock), disk, from_step=done)
+    assert len(disk.of(StepTrained)) > done
+
+
+def test_a_request_to_stop_ends_the_run_before_the_next_step() -> None:
+    disk, stop = Disk(), StopRequest()
+    pull = iter(stream(recipe(), disk, People(disk), stop=stop))
+    next(pull)
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+        before = len(disk.entries)
+        with pytest.raises(Stopped) as stopped:
+            next(pull)
+    assert stopped.value.exit_code == 143
+    assert len(disk.entries) == before
+
+
+def test_a_second_request_interrupts_at_once() -> None:
+    stop = StopRequest()
+    with stop.listening():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_beta_rises_with_the_square_of_drift_beyond_the_soft_limit() -> None:
+    disk, writer = Disk(), Writer(kl_nats=4.0)
+    run = stream(
+        recipe(kl={"soft_nats": 8.0}, learner={"algorithm": "dpo", "beta": 0.1}), disk, People(disk), policy=writer
+    )
+    pull = iter(run)
+    assert next(pull).beta == pytest.approx(0.1)
+    writer.kl_nats, run.step = 16.0, 1
+    assert next(pull).beta == pytest.approx(0.4)
+    writer.kl_nats, run.step = 8.0, 2
+    assert next(pull).beta == pytest.approx(0.1)
+
+
+def test_beyond_the_hard_limit_of_drift_the_run_ends() -> None:
+    disk = Disk()
+    run = stream(recipe(kl={"hard_nats": 20.0}), disk, People(disk), policy=Writer(kl_nats=20.5))
+    with pytest.raises(Diverged, match=r"20\.5 nats.*hard_nats is 20"):
+        next(iter(run))
+
+
+def test_the_weights_are_synced_before_every_sampling() -> None:
+    disk, writer = Disk(), Writer()
+    train(stream(recipe(), disk, People(disk), policy=writer), disk)
+    assert writer.syncs == 6
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 100])
+def test_whatever_event_a_crash_comes_before_every_step_is_taken_once(checkpoint_every: int) -> None:
+    """All crash positions of a run, each with a restart from its last checkpoint."""
+    plan = recipe(steps=4, staleness={"max_steps": 8})
+    answer = latencies([5, 0, 2], [False, False, False, True])
+    whole = Disk()
+    train(stream(plan, whole, People(whole, answer)), whole)
+    for dies_at in range(len(whole.entries)):
+        disk = Disk(dies_at=dies_at)
+        with pytest.raises(Killed):
+            train(stream(plan, disk, People(disk, answer)), disk)
+        recorded = {event.step: event for event in disk.of(StepTrained)}
+        checkpoint = len(recorded) // checkpoint_every * checkpoint_every
+
+        disk.dies_at = None
+        batches = train(stream(plan, disk, People(disk, answer)), disk, from_step=checkpoint)
+
+        state = disk.state()
+        assert sorted(state.steps) == [1, 2, 3, 4]
+        assert not state.open_groups
+        assert not state.ready_groups
+        for batch, step in zip(batches, range(checkpoint + 1, 5), strict=True):
+            if step in recorded:
+                assert tuple(g.group.id for g in batch.groups) == recorded[step].group_ids
+                assert batch.beta == recorded[step].beta
+        assert sum(g.step is not None for g in state.groups.values()) == 8
+
+
+def test_a_repeated_step_has_the_very_same_groups_and_beta() -> None:
+    disk, writer = Disk(), Writer(kl_nats=16.0)
+    plan = recipe(steps=3, kl={"soft_nats": 8.0})
+    first = train(stream(plan, disk, People(disk, latencies([2, 0])), policy=writer), disk)
+    again = train(stream(plan, disk, People(disk)), disk, from_step=1)
+    assert again == first[1:]
+    assert [b.beta for b in again] == [pytest.approx(0.4)] * 2
