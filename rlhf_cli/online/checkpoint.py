@@ -31,7 +31,7 @@ def partial_dir(run: RunDir) -> Path:
 
 
 def publish(run: RunDir, step: int, consumed: Mapping[int, Sequence[str]], keep: int) -> Path:
-    """Make what the trainer wrote for `step` the latest checkpoint, and delete all but the newest `keep`.
+    """Make what the trainer wrote for `step` the latest checkpoint; it and those before it, `keep` in all, stay.
 
     Whatever dies in here leaves the previous checkpoint or this one, never a mix: the folder gets its final name only
     when every file in it is on disk.
@@ -46,8 +46,12 @@ def publish(run: RunDir, step: int, consumed: Mapping[int, Sequence[str]], keep:
     source.rename(target)
     sync_folder(run.checkpoints)
     write_atomic(run.latest, target.name.encode())
-    for old in sorted(run.checkpoints.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    published = sorted(run.checkpoints.glob("step-*"))
+    # A later one than this was renamed by a process that died before it could say so: nothing leads there any more.
+    kept = [path for path in published if path <= target][-keep:]
+    for path in published:
+        if path not in kept:
+            shutil.rmtree(path)
     return target
 
 
@@ -59,12 +63,16 @@ def latest(run: RunDir) -> Checkpoint | None:
     """
     if not run.latest.exists():
         return None
-    path = run.checkpoints / run.latest.read_text().strip()
+    path = run.checkpoints
     try:
+        path /= run.latest.read_text("utf-8").strip()
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name, expected in manifest.items():
             if (path / name).stat().st_size != expected["bytes"] or _hash(path / name) != expected["sha256"]:
-                raise RunDamaged(f"{path / name} is not what {MANIFEST} says; the checkpoint is damaged")
+                raise RunDamaged(
+                    f"{path / name} is not what {MANIFEST} says: the checkpoint is damaged; restore it, or start over "
+                    "with --fresh"
+                )
         consumed = json.loads((path / CONSUMED).read_bytes())
     except (OSError, ValueError, KeyError) as error:
         raise RunDamaged(
