@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import choix
+import evalica
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -92,6 +93,25 @@ def test_flags_name_what_makes_a_score_doubtful() -> None:
     assert not rank(chain([0, 1], [0, 0])).disconnected
 
 
+def test_a_group_below_its_minimum_of_votes_says_so() -> None:
+    wins = chain([0, 1.5, 0], [0.5, 0, 1], [0, 0, 0])
+
+    assert rank(wins, min_votes=4).below_min_votes
+    assert not rank(wins, min_votes=3).below_min_votes
+    assert rank(WinMatrix(np.zeros((3, 3)))).below_min_votes
+
+
+def test_the_interval_of_a_difference_knows_that_both_scores_move_together() -> None:
+    """One vote, tau 1: the sum of the scores is the prior's alone, their difference has variance 2 / (1 + 2 h)."""
+    ranking = rank(WinMatrix([[0, 1], [0, 0]]), tau=1.0)
+    s = ranking.scores[0]
+    half = Z95 * math.sqrt(2 / (1 + 2 * s * (1 - s)))
+
+    assert ranking.difference(0, 1) == pytest.approx((2 * s, 2 * s - half, 2 * s + half))
+    assert ranking.difference(1, 0) == pytest.approx((-2 * s, -2 * s - half, -2 * s + half))
+    assert ranking.difference(0, 0) == (0, 0, 0)
+
+
 def test_islands_differ_by_the_prior_alone() -> None:
     """The difference between the middles of two islands stays at 0 +/- tau."""
     _, covariance_GG = fit(np.array([[0.0, 9, 0, 0], [1, 0, 0, 0], [0, 0, 0, 9], [0, 0, 1, 0]]), tau=1.5)
@@ -169,6 +189,24 @@ def test_on_well_connected_votes_the_scores_are_those_of_an_independent_library(
     ours_G, _ = fit(wins, tau=1e4)
 
     assert ours_G == pytest.approx(theirs_G - theirs_G.mean(), abs=1e-4)
+
+
+@given(win_matrices(least=1))
+@settings(deadline=None, max_examples=50)
+def test_on_well_connected_votes_the_order_is_that_of_a_second_library(wins: Floats) -> None:
+    """Scores that differ by less than the other library's tolerance may stand either way."""
+    size = len(wins)
+    xs, ys = np.nonzero(wins)
+    names = [str(k) for k in range(size)]
+    theirs = evalica.bradley_terry(
+        [names[x] for x in xs], [names[y] for y in ys], [evalica.Winner.X] * len(xs),
+        weights=wins[xs, ys].tolist(), limit=1000, tolerance=1e-12,
+    )  # fmt: skip
+    theirs_G = np.log(theirs.scores[names].to_numpy())
+    ours_G, _ = fit(wins, tau=1e4)
+
+    ahead_GG = theirs_G[:, None] - theirs_G[None, :]
+    assert ((ours_G[:, None] > ours_G[None, :]) | (ahead_GG < 1e-4)).all()
 
 
 def test_intervals_cover_the_truth_where_the_prior_fits() -> None:
