@@ -113,6 +113,11 @@ class RankedGroup:
     complete: bool
     """False where the time to live ended below the minimum number of votes."""
 
+    @property
+    def votes_paid(self) -> float:
+        """Votes that people gave; 0 where a model answered in their place."""
+        return self.wins.votes if self.source.startswith("item:") else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Unranked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from cli_world import smoke  # noqa: F401
 from flow_world import clock, store, world  # noqa: F401
 from tiny_world import recipe, tiny  # noqa: F401
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rlhf_cli.journal.events import GroupRanked, GroupSetAside
 from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.replay import GroupState
 from rlhf_cli.policy.scoring import RewardModel
 from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
 
@@ -24,7 +27,7 @@ class RewardModelFeedback:
             self.journal.append(GroupSetAside(group_id=group.id, reason=reason))
             self._decided.append(Unranked(group, reason))
             return
-        wins_GG = 1 / (1 + np.exp(rewards_G[None, :] - rewards_G[:, None]))
+        wins_GG = 0.5 + 0.5 * np.tanh(0.5 * (rewards_G[:, None] - rewards_G[None, :]))  # logistic, without overflow
         np.fill_diagonal(wins_GG, 0)
         ranked = RankedGroup(group, WinMatrix(wins_GG), source="reward_model:train_rm", latency_s=0.0, complete=True)
         wins = tuple(tuple(row) for row in ranked.wins.wins.tolist())
@@ -32,6 +35,11 @@ class RewardModelFeedback:
             GroupRanked(group_id=group.id, source=ranked.source, wins=wins, latency_s=0.0, complete=True)
         )
         self._decided.append(ranked)
+
+    def resume(self, open_groups: Iterable[GroupState]) -> None:
+        """Answer groups that an earlier process was about to answer."""
+        for state in open_groups:
+            self.submit(state.sampled.group())
 
     def collect(self) -> list[RankedGroup | Unranked]:
         decided, self._decided = self._decided, []

@@ -111,7 +111,7 @@ class GroupDPOTrainer(DPOTrainer):
         if not torch.isfinite(loss):
             raise Diverged(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()}; no weight was changed by it. "
-                "Lower run_online.learner.learning_rate or raise beta, then go on with --resume."
+                "Lower run_online.learner.learning_rate or raise beta, and start over with --fresh."
             )
         with torch.no_grad():
             self.step_metrics = {

@@ -46,7 +46,7 @@ class Recorder(TrainerCallback):
         if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
             raise Diverged(
                 f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
-                "Lower run_online.learner.learning_rate, then go on with --resume."
+                "Lower run_online.learner.learning_rate and start over with --fresh."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -82,7 +82,7 @@ class Recorder(TrainerCallback):
         now = time.perf_counter()
         spent = stream.policy.phase.lap()
         ages = [stream.step - 1 - g.group.policy_step for g in batch.groups]
-        votes = [g.wins.votes for g in batch.groups]
+        votes = [g.votes_paid for g in batch.groups]
         status = stream.feedback.status()
         row = {
             "train/loss": logs["loss"],

@@ -19,17 +19,21 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Take over SIGINT and SIGTERM until the block ends."""
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_number is not None:
-            raise KeyboardInterrupt
-        self.signal_number = number
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is None:
+            self.signal_number = number
+            return
+        before = self._before[signal.Signals(number)]
+        if callable(before):  # whoever listened before us knows which exit code it stands for
+            before(number, frame)
+        raise KeyboardInterrupt
 
     def check(self) -> None:
         """Raise `Stopped` if somebody asked."""

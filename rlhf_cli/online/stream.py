@@ -176,7 +176,7 @@ class Stream:
             raise Diverged(
                 f"KL to the reference is {self.kl_nats:.1f} nats a completion after step {self.step}, "
                 f"run_online.kl.hard_nats is {hard:g}; the last checkpoint is kept. "
-                "Raise learner.beta or lower learner.learning_rate."
+                "Raise learner.beta or lower learner.learning_rate, and start over with --fresh."
             )
 
     def _beta(self) -> float:

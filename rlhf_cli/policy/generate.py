@@ -41,8 +41,8 @@ class _RowTemperature(LogitsProcessor):
 class _Draw(LogitsProcessor):
     """Draws the next token by inverting the distribution function, and leaves only that token possible.
 
-    One uniform number a row; `torch.multinomial` draws one for every token of the vocabulary (seen: a quarter of the time
-    spent generating on CPU).
+    One uniform number a row; `torch.multinomial` draws one for every token of the vocabulary (seen: a quarter of the
+    time spent generating on CPU).
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

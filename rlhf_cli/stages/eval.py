@@ -27,7 +27,6 @@ from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import replay
 from rlhf_cli.journal.run_dir import write_atomic
-from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
@@ -36,7 +35,7 @@ from rlhf_cli.stages.open_flow import open_or_adopt
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
 from rlhf_cli.stages.service import flow_service, flow_spec
 from rlhf_cli.stages.session import Result, Session, open_session
-from rlhf_cli.types import Feedback, Group, RankedGroup, Unranked
+from rlhf_cli.types import Group, RankedGroup, Unranked
 
 POLL_S = 0.05
 
@@ -48,7 +47,7 @@ def run(
     recipe = loaded.recipe
     if recipe.eval is None:
         raise UsageError(f"{loaded.path} has no section `eval`; there is nothing to do for `rlhf eval`")
-    with open_session("eval", loaded, path, observers) as session, StopRequest().listening() as stop:
+    with open_session("eval", loaded, path, observers) as session:
         results_file = session.run.eval_results
         if not fresh and (done := session.done(results_file)):
             return {**json.loads(results_file.read_bytes()), **done}
@@ -56,13 +55,13 @@ def run(
         session.start()
         before, after = _answers(session)
         rewards = _rewards(session, before, after)
-        verdicts, identical = _ask(session, stop, pair_up(before, after, f"{session.state.run_id}-eval"), fresh)
+        verdicts, identical = _ask(session, pair_up(before, after, f"{session.state.run_id}-eval"), fresh)
         results = {
             **win_rate_rows(comparisons(verdicts, identical)),
             **rewards["rows"],
             "reward_source": rewards["source"],
             **drift_rows(before, after),
-            "votes": sum(v.wins.votes for v in verdicts if isinstance(v, RankedGroup)),
+            "votes": sum(v.votes_paid for v in verdicts if isinstance(v, RankedGroup)),
             "prompts": len(before),
             "pairs": len(verdicts) + len(identical),
             "pairs_identical": len(identical),
@@ -110,9 +109,7 @@ def _rewards(session: Session, before: Sequence[Group], after: Sequence[Group]) 
     return {"rows": reward_rows(*rows), "source": source, "before": rows[0], "after": rows[1]}
 
 
-def _ask(
-    session: Session, stop: StopRequest, pairs: Sequence[Group], fresh: bool
-) -> tuple[list[RankedGroup | Unranked], list[Group]]:
+def _ask(session: Session, pairs: Sequence[Group], fresh: bool) -> tuple[list[RankedGroup | Unranked], list[Group]]:
     """Have the judge compare the pairs; returns the verdicts, and the pairs that needed none.
 
     The comparisons have a journal of their own, so that an eval that died picks up what it has paid for.
@@ -135,14 +132,12 @@ def _ask(
             if not known.open
         ]
         with _judge(session, journal) as feedback:
-            if isinstance(feedback, VotesFeedback):
-                feedback.resume(state.open_groups)
+            feedback.resume(state.open_groups)
             for pair in asked:
                 if pair.id not in state.groups:
                     journal.append(GroupSampled.of(pair))
                     feedback.submit(pair)
             while len(verdicts) < len(asked):
-                stop.check()
                 verdicts += feedback.collect()
                 session.progress("comparing held-out answers", len(verdicts), len(asked))
                 time.sleep(POLL_S)
@@ -156,7 +151,7 @@ def _same_inputs(path: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def _judge(session: Session, journal: Journal) -> Iterator[Feedback]:
+def _judge(session: Session, journal: Journal) -> Iterator[VotesFeedback | RewardModelFeedback]:
     recipe = session.recipe
     assert recipe.eval is not None
     if recipe.eval.judge == "reward_model":

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_cli.errors import BudgetReached, FlowUnavailable, RlhfError, RunDamaged, Stopped, UsageError
+from rlhf_cli.errors import (
+    BudgetReached,
+    CredentialsError,
+    FlowRefused,
+    FlowUnavailable,
+    RlhfError,
+    RunDamaged,
+    Stopped,
+    UsageError,
+)
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.feedback.votes import VotesFeedback
 from rlhf_cli.journal.events import StageStarted
@@ -82,17 +92,20 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
             raise UsageError(
                 f"{run.path} holds an unfinished run-online ({paid}). Go on with --resume, or start over with --fresh."
             )
+    session.start_model()  # what is missing is said before anything is moved
+    if session.recipe.run_online is not None and session.recipe.run_online.feedback == "votes":
+        session.require("open-flow")
+    else:
+        session.require("train-rm", run.train_rm_model)
     attempt = max(1, state.attempt + (1 if fresh and state.groups else 0))
     if fresh and run.checkpoints.parent.exists():
-        run.checkpoints.parent.rename(run.path / f"online.replaced-{state.attempt}")
+        run.checkpoints.parent.rename(run.path / f"online.replaced-{time.time_ns()}")
         run.metrics.unlink(missing_ok=True)
     checkpoint = latest(run)
     shutil.rmtree(partial_dir(run), ignore_errors=True)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         _check_lineage(checkpoint, state)
-    if session.recipe.run_online is not None and session.recipe.run_online.feedback == "votes":
-        session.require("open-flow")
     session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
     return session.state, checkpoint
 
@@ -133,8 +146,7 @@ def _feedback(session: Session, state: RunState) -> Iterator[Feedback]:
     assert online is not None
     if online.feedback == "reward_model":
         by_model = RewardModelFeedback(reward_model(session), session.journal)
-        for group in state.open_groups:
-            by_model.submit(group.sampled.group())
+        by_model.resume(state.open_groups)
         yield by_model
         return
     assert recipe.flow is not None
@@ -173,7 +185,7 @@ def _train(session: Session, stream: Stream, policy: Policy, checkpoint: Checkpo
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    except (Stopped, BudgetReached, FlowUnavailable) as error:
+    except (Stopped, BudgetReached, FlowUnavailable, FlowRefused, CredentialsError) as error:
         if stream.step > recorder.last_saved:
             trainer._save_checkpoint(trainer.model, None)
             recorder.on_save(trainer.args, trainer.state, trainer.control)
@@ -194,7 +206,7 @@ def _with_what_was_kept(error: RlhfError, session: Session, stream: Stream) -> R
 
 
 def _summary(session: Session, stream: Stream) -> dict[str, float | str | None]:
-    rows = read_metrics(session.run.metrics)
+    rows = [row for row in read_metrics(session.run.metrics) if "kl/sequence_nats" in row]  # steps that sampled
     status = stream.feedback.status()
     votes = status.get("flow/votes_total", 0.0)
     return {
