@@ -56,7 +56,7 @@ def test_alpha_is_that_of_the_reference_package_wherever_that_has_one(answers: l
 
 
 def test_observed_agreement_counts_pairs_of_raters() -> None:
-    """3 of 4 for one side: 3 of 6 pairs of raters agree; 2 of 2: the one pair agrees. Weights 3 and 1: (1.5 + 1) / 4."""
+    """3 to 1: 3 of 6 pairs of raters agree; 2 to 0: the one pair does. Weights 3 and 1: (1.5 + 1) / 4."""
     wins = np.array([[[0.0, 3, 1], [1, 0, 2], [0, 0, 0]]])
     agreement = pair_agreement(wins)
 
