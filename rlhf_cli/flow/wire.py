@@ -189,8 +189,12 @@ class Lease(Body):
     lease: str
     prompt: str
     instruction: str
+    kind: Literal["text", "image"] = "text"
     left: str
+    """A text; of an image the path under which this server shows it."""
     right: str
+    context_images: list[str] = []
+    """Paths of images to show above the pair."""
     expires: float
     """Unix time in seconds."""
 

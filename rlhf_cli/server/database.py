@@ -56,8 +56,43 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX votes_by_item ON votes (item_id);
     """,
+    """
+    ALTER TABLE tokens ADD COLUMN kind TEXT NOT NULL DEFAULT 'secret';
+    UPDATE tokens SET kind = 'access' WHERE parent IS NOT NULL;
+    CREATE INDEX tokens_by_parent ON tokens (parent) WHERE parent IS NOT NULL;
+    ALTER TABLE flows ADD COLUMN goal TEXT NOT NULL DEFAULT 'ranking';
+    ALTER TABLE flows ADD COLUMN settings TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE flows ADD COLUMN deleted_at REAL;
+    CREATE TABLE media (
+        name TEXT PRIMARY KEY, hash TEXT NOT NULL, type TEXT NOT NULL, bytes INTEGER NOT NULL,
+        original_name TEXT NOT NULL, created_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX media_by_hash ON media (hash);
+    ALTER TABLE datapoints ADD COLUMN media TEXT REFERENCES media(name);
+    ALTER TABLE items ADD COLUMN goal TEXT NOT NULL DEFAULT 'ranking';
+    ALTER TABLE items ADD COLUMN instruction TEXT NOT NULL DEFAULT '';
+    ALTER TABLE items ADD COLUMN context_media TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE items ADD COLUMN drain_s REAL NOT NULL DEFAULT 0;
+    ALTER TABLE items ADD COLUMN lease_s REAL;
+    ALTER TABLE items ADD COLUMN live INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE items ADD COLUMN decided INTEGER NOT NULL DEFAULT 0;
+    UPDATE items SET instruction = (SELECT instruction FROM flows WHERE id = flow_id),
+        live = (SELECT COUNT(*) FROM leases WHERE item_id = items.id AND state = 'live');
+    CREATE INDEX items_serving ON items (created_at)
+        WHERE ended_at IS NULL AND decided = 0 AND votes < desired AND votes + live < max;
+    CREATE INDEX items_expiring ON items (expires_at) WHERE ended_at IS NULL;
+    DROP INDEX items_open;
+    CREATE INDEX leases_live_by_rater ON leases (rater_id) WHERE state = 'live';
+    ALTER TABLE votes ADD COLUMN undone INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """Each brings the file from version i to i + 1; applied ones are never edited."""
+
+
+BUSY_S = 3.0
+
+_OUTER = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
+_INNER = ("SAVEPOINT part", "RELEASE part", ("ROLLBACK TO part", "RELEASE part"))
 
 
 class Database:
@@ -68,8 +103,10 @@ class Database:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self._lock = threading.RLock()
+        self._depth = 0
+        # Waiting for another process blocks everybody else too, so it is kept short and answered with 503.
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         self._connection.row_factory = sqlite3.Row
         try:
             # FULL, because a vote is paid for: what was acknowledged must survive a power cut, not only a kill.
@@ -85,16 +122,32 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, durable once the block is left."""
+        """All or nothing, durable once the outermost block is left. A block inside another one is part of it."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
+            begin, commit, rollback = _OUTER if self._depth == 0 else _INNER
+            self._connection.execute(begin)
+            self._depth += 1
             try:
                 yield self._connection
-                self._connection.execute("COMMIT")
+                self._connection.execute(commit)
             except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk may have ended it already
+                    for statement in rollback:
+                        self._connection.execute(statement)
                 raise
+            finally:
+                self._depth -= 1
+
+    @property
+    def lost(self) -> bool:
+        """Inside a transaction: SQLite has rolled it back by itself, as it does when the disk is full."""
+        return not self._connection.in_transaction
+
+    def changes_elsewhere(self) -> int:
+        """A number that is another one once another process has changed the file."""
+        with self._lock:
+            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return int(version)
 
     def close(self) -> None:
         with self._lock:

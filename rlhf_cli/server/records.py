@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.flow.wire import Outcome
+from rlhf_cli.ranking.pairs import Goal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,9 @@ class FlowRecord:
     name: str
     instruction: str
     responses: Responses
+    goal: Goal
+    settings: dict[str, Any]
+    """Members of the protocol that are kept for whoever set them: feature flags, serving rates and the like."""
     created_at: float
 
 
@@ -25,6 +31,14 @@ class Candidate:
     id: str
     sort_index: int
     text: str
+    """The text, or the original file name of an image."""
+    media: str | None = None
+    """SHA-256 of the image, as hex."""
+
+    @property
+    def shown(self) -> str:
+        """What a rater is given: the text, or where the image is."""
+        return self.text if self.media is None else f"/media/{self.media}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +47,37 @@ class ItemRecord:
     flow_id: str
     dataset_id: str
     context: str
+    context_media: tuple[str, ...]
+    """SHA-256 of the images that are shown above the pair, as hex."""
+    instruction: str
     size: int
     responses: Responses
+    goal: Goal
     state: ItemState
     votes: int
-    """Counted votes: neither late nor skipped."""
+    """Counted votes: neither late, skipped nor undone."""
+    live: int
+    """Pairs in people's hands."""
+    decided: bool
+    """The stopping rule of goal `best` was met: nobody new is asked."""
     created_at: float
     expires_at: float
+    lease_s: float | None
     started_at: float | None
     ended_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeasedPair:
-    """One pair, handed to one rater; `left` and `right` are texts."""
+    """One pair, handed to one rater; `left` and `right` are texts, or places of images on this server."""
 
     id: str
     prompt: str
     instruction: str
     left: str
     right: str
+    images: bool
+    context_images: tuple[str, ...]
     expires_at: float
 
 
@@ -68,12 +93,18 @@ class Vote:
     outcome: Outcome
     response_ms: int | None
     late: bool
+    undone: bool
     created_at: float
+
+    @property
+    def counts(self) -> bool:
+        return not self.late and not self.undone and self.outcome != "skip"
 
 
 def flow_of(row: sqlite3.Row) -> FlowRecord:
     responses = Responses(row["min"], row["desired"], row["max"])
-    return FlowRecord(row["id"], row["name"], row["instruction"], responses, row["created_at"])
+    settings = json.loads(row["settings"])
+    return FlowRecord(row["id"], row["name"], row["instruction"], responses, row["goal"], settings, row["created_at"])
 
 
 def item_of(row: sqlite3.Row) -> ItemRecord:
@@ -82,15 +113,25 @@ def item_of(row: sqlite3.Row) -> ItemRecord:
         flow_id=row["flow_id"],
         dataset_id=row["dataset_id"],
         context=row["context"],
+        context_media=tuple(json.loads(row["context_media"])),
+        instruction=row["instruction"],
         size=row["size"],
         responses=Responses(row["min"], row["desired"], row["max"]),
+        goal=row["goal"],
         state=ItemState(row["state"]),
         votes=row["votes"],
+        live=row["live"],
+        decided=bool(row["decided"]),
         created_at=row["created_at"],
         expires_at=row["expires_at"],
+        lease_s=row["lease_s"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
     )
+
+
+def candidate_of(row: sqlite3.Row) -> Candidate:
+    return Candidate(row["id"], row["sort_index"], row["original_name"] or row["text"], row["hash"])
 
 
 def vote_of(row: sqlite3.Row) -> Vote:
@@ -103,5 +144,6 @@ def vote_of(row: sqlite3.Row) -> Vote:
         outcome=row["outcome"],
         response_ms=row["response_ms"],
         late=bool(row["late"]),
+        undone=bool(row["undone"]),
         created_at=row["created_at"],
     )

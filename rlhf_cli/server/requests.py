@@ -38,8 +38,7 @@ def for_role(*roles: Role) -> Callable[[Handler], Callable[[Request], Awaitable[
     def route(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             store: Store = request.app.state.store
-            scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-            token = store.tokens.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
+            token = whose(request, store)
             if token is None:
                 return Response(status_code=401, headers={"WWW-Authenticate": "Bearer"})
             if token.role not in roles:
@@ -49,6 +48,12 @@ def for_role(*roles: Role) -> Callable[[Handler], Callable[[Request], Awaitable[
         return endpoint
 
     return route
+
+
+def whose(request: Request, store: Store) -> Token | None:
+    """Whose request this is, by its bearer token; None when there is none that is valid."""
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    return store.tokens.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
 
 
 async def read_bytes(request: Request) -> bytes:

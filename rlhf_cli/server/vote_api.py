@@ -16,15 +16,17 @@ from rlhf_cli.server.tokens import Token
 @for_role("rater")
 async def lease(request: Request, store: Store, rater: Token) -> Response:
     """Hand out a pair; 204 while nothing is open for this rater."""
-    pair = store.lease(rater.id)
+    pair = await store.together(lambda: store.lease(rater.id))
     if pair is None:
         return Response(status_code=204)
     body = wire.Lease(
         lease=pair.id,
         prompt=pair.prompt,
         instruction=pair.instruction,
+        kind="image" if pair.images else "text",
         left=pair.left,
         right=pair.right,
+        context_images=list(pair.context_images),
         expires=pair.expires_at,
     )
     return JSONResponse(body.to_json(), headers={"Cache-Control": "no-store"})
@@ -34,7 +36,8 @@ async def lease(request: Request, store: Store, rater: Token) -> Response:
 async def vote(request: Request, store: Store, rater: Token) -> Response:
     """Take an answer; by the time of the reply it is on disk."""
     body, _ = await read(request, wire.CastVote)
-    if not store.vote(request.path_params["lease"], rater.id, body.outcome, body.response_ms):
+    lease_id = request.path_params["lease"]
+    if not await store.together(lambda: store.vote(lease_id, rater.id, body.outcome, body.response_ms)):
         raise Problem(410, "too late: the pair went back or its item has ended; the answer is kept but does not count")
     return Response(status_code=204)
 

@@ -37,7 +37,7 @@ async def test_voting_over_http_is_blind_and_counts_once(
     reply = await http.post("/vote/lease", headers=rater_token)
     assert reply.status_code == 200
     lease = reply.json()
-    assert lease.keys() == {"lease", "prompt", "instruction", "left", "right", "expires"}
+    assert lease.keys() == {"lease", "prompt", "instruction", "kind", "left", "right", "contextImages", "expires"}
     assert (lease["prompt"], lease["instruction"]) == ("Why?", "Which?")
 
     vote = {"outcome": "left", "response_ms": 1234}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
 from flow_world import SPEC, Clock, World
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rlhf_cli.errors import RunDamaged
 from rlhf_cli.flow.base import ItemState, Responses
-from rlhf_cli.server.pairs import choose_pair
 from rlhf_cli.server.problems import Problem
 from rlhf_cli.server.records import LeasedPair
 from rlhf_cli.server.store import LEASE_S, Once, Store
@@ -310,46 +306,3 @@ def test_many_raters_at_once_never_overshoot(tmp_path: Path) -> None:
     assert item.state is ItemState.COMPLETED
     assert 10 <= item.votes == store.matrix(item_id).votes <= 12
     store.close()
-
-
-# Which pair comes next.
-
-
-@settings(deadline=None, max_examples=40)
-@given(size=st.integers(2, 16), seed=st.integers(0, 999))
-def test_the_first_pairs_match_everybody_and_then_connect_the_group(size: int, seed: int) -> None:
-    rng, shown = random.Random(seed), dict[tuple[int, int], int]()
-    met = {frozenset([i]) for i in range(size)}
-    for number in range(size - 1):
-        pair = choose_pair(size, shown, (), rng)
-        assert pair is not None
-        assert pair not in shown
-        if number < size // 2:
-            assert not {i for i in pair if any(i in other for other in shown)}  # a perfect matching first
-        shown[pair] = 1
-        left, right = (next(group for group in met if i in group) for i in pair)
-        met = (met - {left, right}) | {left | right}
-    assert len(met) == 1
-    degrees = [sum(i in pair for pair in shown) for i in range(size)]
-    assert max(degrees) <= 2 + size % 2  # a chain, not a star; an odd one out is hung on to it
-
-
-@settings(deadline=None, max_examples=40)
-@given(size=st.integers(2, 8), seed=st.integers(0, 99), rounds=st.integers(1, 3))
-def test_after_that_no_pair_is_shown_twice_before_all_were_shown_once(size: int, seed: int, rounds: int) -> None:
-    rng, shown = random.Random(seed), dict[tuple[int, int], int]()
-    for _ in range(rounds * size * (size - 1) // 2):
-        pair = choose_pair(size, shown, (), rng)
-        assert pair is not None
-        shown[pair] = shown.get(pair, 0) + 1
-    assert set(shown.values()) == {rounds}
-
-
-def test_the_matching_is_random() -> None:
-    rng = random.Random(3)
-    assert {choose_pair(4, {}, (), rng) for _ in range(100)} == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
-
-
-def test_a_rater_who_has_seen_all_pairs_gets_none() -> None:
-    assert choose_pair(3, {}, [(0, 1), (0, 2), (1, 2)], random.Random(0)) is None
-    assert choose_pair(3, {(0, 1): 9}, [(0, 2), (1, 2)], random.Random(0)) == (0, 1)
