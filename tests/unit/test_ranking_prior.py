@@ -52,7 +52,7 @@ def test_groups_without_votes_and_padding_say_nothing() -> None:
 
     assert log_evidence(np.zeros((2, 8, 8)), 0.7) == pytest.approx([0, 0], abs=0.1)
     assert fit_tau(np.concatenate([wins_BGG, np.zeros((3, 8, 8))])) == fit_tau(wins_BGG)
-    assert fit_tau(padded_BGG) == pytest.approx(fit_tau(wins_BGG), rel=0.2)  # one step of the grid at most
+    assert fit_tau(padded_BGG) == pytest.approx(fit_tau(wins_BGG), rel=0.1)
 
 
 def test_the_default_stands_until_enough_groups_have_votes() -> None:
@@ -66,26 +66,18 @@ def test_the_default_stands_until_enough_groups_have_votes() -> None:
 
 @pytest.mark.parametrize("wins", [[[0, 9], [0, 0]], [[0, 4.5], [4.5, 0]], [[0, 1e6], [1, 0]], [[0, 1e-3], [0, 0]]])
 def test_one_sided_tied_huge_and_tiny_votes_give_a_width_on_the_grid(wins: list[list[float]]) -> None:
-    assert fit_tau(np.array([wins] * 20)) in GRID
+    assert GRID[0] <= fit_tau(np.array([wins] * 20)) <= GRID[-1]
 
 
 @pytest.mark.parametrize("spread", [0.7, 1.5, 2.5])
-@pytest.mark.parametrize("votes", [12, 40])
-def test_the_width_is_found_and_intervals_cover_nine_in_ten_and_more(spread: float, votes: int) -> None:
-    """12 votes a group is what training spends; Laplace's approximation alone covers 82 to 86 % there."""
-    truth_BG, wins_BGG = crowd(np.random.default_rng(3), 120, votes, spread)
-    tau = fit_tau(wins_BGG)
+@pytest.mark.parametrize(("groups", "votes"), [(120, 12), (20, 40)])
+def test_the_width_is_found_and_intervals_cover_nine_in_ten_and_more(spread: float, groups: int, votes: int) -> None:
+    """12 votes a group is what training spends; there, Laplace's approximation alone covers 82 to 86 %."""
+    taus, covered = [], []
+    for seed in range(-(-100 // groups)):
+        truth_BG, wins_BGG = crowd(np.random.default_rng(100 + seed), groups, votes, spread)
+        taus.append(fit_tau(wins_BGG))
+        covered.append(share_covered(truth_BG, wins_BGG, taus[-1]))
 
-    assert tau == pytest.approx(spread, rel=0.25)
-    assert 0.9 <= share_covered(truth_BG, wins_BGG, tau) < 0.98
-
-
-def test_intervals_cover_nine_in_ten_with_the_first_groups_of_a_run() -> None:
-    rng = np.random.default_rng(4)
-    covered = []
-    for spread in (1.0, 1.5, 2.0):
-        for _ in range(8):
-            truth_BG, wins_BGG = crowd(rng, MIN_GROUPS, 16, spread)
-            covered.append(share_covered(truth_BG, wins_BGG, fit_tau(wins_BGG)))
-
-    assert np.mean(covered) > 0.9
+    assert np.mean(taus) == pytest.approx(spread, rel=0.15)
+    assert 0.9 <= np.mean(covered) < 0.99
