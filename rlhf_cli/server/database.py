@@ -85,6 +85,21 @@ MIGRATIONS = (
     CREATE INDEX leases_live_by_rater ON leases (rater_id) WHERE state = 'live';
     ALTER TABLE votes ADD COLUMN undone INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE TABLE undos (vote_id INTEGER PRIMARY KEY REFERENCES votes(id), created_at REAL NOT NULL) STRICT;
+    CREATE INDEX votes_by_rater ON votes (rater_id, created_at);
+    CREATE TABLE gold (
+        id TEXT PRIMARY KEY, flow_id TEXT NOT NULL REFERENCES flows(id), prompt TEXT NOT NULL,
+        better TEXT NOT NULL, worse TEXT NOT NULL, created_at REAL NOT NULL, retired_at REAL
+    ) STRICT;
+    CREATE INDEX gold_by_flow ON gold (flow_id) WHERE retired_at IS NULL;
+    CREATE TABLE gold_leases (
+        id TEXT PRIMARY KEY, gold_id TEXT NOT NULL REFERENCES gold(id), rater_id TEXT NOT NULL REFERENCES tokens(id),
+        better_side TEXT NOT NULL, created_at REAL NOT NULL, expires_at REAL NOT NULL,
+        outcome TEXT, response_ms INTEGER, answered_at REAL, undone_at REAL
+    ) STRICT;
+    CREATE INDEX gold_leases_by_rater ON gold_leases (rater_id, gold_id);
+    """,
 )
 """Each brings the file from version i to i + 1; applied ones are never edited."""
 

@@ -8,7 +8,8 @@ import random
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Store:
 
     Attributes:
         tokens: Who may talk to the server.
+        lease_s: As given.
         together: Runs a method of the store so that requests arriving together share one flush to disk.
     """
 
@@ -74,7 +76,7 @@ class Store:
         self._database = Database(path)
         self._clock = clock
         self._rng = rng or random.SystemRandom()
-        self._lease_s = lease_s
+        self.lease_s = lease_s
         self._images = MediaFolder(None if str(path) == ":memory:" else Path(path).parent / "media")
         self.tokens = Tokens(self._database, clock)
         self.together = Together(self._database)
@@ -307,12 +309,14 @@ class Store:
                 wins = items.wins(db, item.id, item.size)
                 chosen = choose_pair(wins, in_flight, seen, self._rng, item.goal)
                 if chosen is not None:
-                    return self._hand_out(db, item, chosen, rater_id, now)
+                    sides = chosen if self._rng.random() < 0.5 else chosen[::-1]
+                    return self.hand_out(db, item, sides, rater_id, now)
         return None
 
-    def _hand_out(self, db: sqlite3.Connection, item: ItemRecord, pair: Pair, rater_id: str, now: float) -> LeasedPair:
-        left, right = pair if self._rng.random() < 0.5 else pair[::-1]
-        lease_s = self._lease_s if item.lease_s is None else item.lease_s
+    def hand_out(self, db: sqlite3.Connection, item: ItemRecord, sides: Pair, rater_id: str, now: float) -> LeasedPair:
+        """Lease a pair, as a step inside a transaction; `sides` are the places of what goes left and right."""
+        left, right = sides
+        lease_s = self.lease_s if item.lease_s is None else item.lease_s
         lease_id, expires_at = secrets.token_urlsafe(16), min(now + lease_s, item.expires_at)
         db.execute(
             "INSERT INTO leases VALUES (?, ?, ?, ?, ?, 'live', ?, ?)",
@@ -355,11 +359,11 @@ class Store:
             if in_time:
                 counts = outcome != "skip"
                 items.close_lease(db, lease_id, item_id, "counted" if counts else "skipped", int(counts))
-                self._decide(db, item_id)
+                self.decide(db, item_id)
                 items.settle(db, item_id, now)
         return in_time
 
-    def _decide(self, db: sqlite3.Connection, item_id: str) -> None:
+    def decide(self, db: sqlite3.Connection, item_id: str) -> None:
         """See whether the best of the group is known well enough, where that is the goal."""
         row = db.execute("SELECT size, min FROM items WHERE id = ? AND goal = 'best'", (item_id,)).fetchone()
         if row is not None:
@@ -377,6 +381,12 @@ class Store:
         """The counted votes on an item by position; a tie, and two bad ones, are half a vote each way."""
         with self._database.transaction() as db:
             return items.wins(db, item_id, _row(db, "items", item_id)["size"])
+
+    @contextmanager
+    def now(self) -> Iterator[tuple[sqlite3.Connection, float]]:
+        """A transaction and its time, with everything that was due by then done."""
+        with self._database.transaction() as db:
+            yield db, self._advance(db)
 
     def _advance(self, db: sqlite3.Connection) -> float:
         now = self._clock()
