@@ -123,16 +123,15 @@ class Process:
     def __init__(self, name: str, folder: Path, *options: str, sets: tuple[str, ...] = ()) -> None:
         changes = [word for key in sets for word in ("--set", key)]
         command = [sys.executable, "-m", "rlhf_cli", name, str(SMOKE), "--run-dir", str(folder), *options, *changes]
-        self.folder = folder
+        self.folder, self._before = folder, len(events(folder))
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
         )
 
     def send(self, number: signal.Signals, when: Callable[[list[Event]], bool], seconds: float = 120) -> None:
-        """Wait until the journal is as `when` says, then send the signal."""
-        before = len(events(self.folder))
+        """Wait until `when` holds for what this process has written to the journal, then send the signal."""
         end = time.monotonic() + seconds
-        while not when(events(self.folder)[before:]):
+        while not when(events(self.folder)[self._before :]):
             if self._process.poll() is not None:
                 raise AssertionError(f"ended too early: {self._process.communicate()}")
             assert time.monotonic() < end, "what was waited for did not happen"
