@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/ranking.py --json FILE
 
 Ours comes with the full covariance; of the others only choix's EP says how sure it is. The libraries take turns, so a
-busy moment of the machine hits all of them. Below it, what a server pays for a lease and for a vote.
+busy moment of the machine hits all of them, and processor time stands beside wall time for the same reason. Below: what
+a server pays for a lease and for a vote.
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ class Work:
     """How many fits, pairs or verdicts one call makes."""
 
 
-def ms_each(works: list[Work], repeats: int) -> dict[str, float]:
-    """Median wall time over `repeats` rounds, per fit; one call each to warm up."""
-    times: dict[str, list[float]] = {work.name: [] for work in works}
+def ms_each(works: list[Work], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median processor and wall time over `repeats` rounds, per fit; one call each to warm up."""
+    cpu: dict[str, list[float]] = {work.name: [] for work in works}
+    wall: dict[str, list[float]] = {work.name: [] for work in works}
     for work in works:
         work.call()
     for _ in range(repeats):
         for work in works:
-            start = time.perf_counter()
+            cpu_start, wall_start = time.process_time(), time.perf_counter()
             work.call()
-            times[work.name].append(1000 * (time.perf_counter() - start) / work.calls)
-    return {name: statistics.median(ms) for name, ms in times.items()}
+            cpu[work.name].append(1000 * (time.process_time() - cpu_start) / work.calls)
+            wall[work.name].append(1000 * (time.perf_counter() - wall_start) / work.calls)
+    return {work.name: (statistics.median(cpu[work.name]), statistics.median(wall[work.name])) for work in works}
 
 
 def fits(groups: list[tuple[np.ndarray, list[tuple[int, int]]]]) -> list[Work]:
@@ -110,13 +113,15 @@ def main() -> None:
     works = [*fits(groups), *server_calls(groups, SIZE), *server_calls(large, 16)]
     ms = ms_each(works, repeats=11)
     print(f"{SIZE} x {SIZE}, {VOTES} votes")
-    print(f"{'':24} {'ms each':>8}   gives")
+    print(f"{'ms each':24} {'cpu':>8} {'wall':>8}   gives")
     for work in works:
-        print(f"{work.name:24} {ms[work.name]:8.3f}   {work.gives}")
+        cpu_ms, wall_ms = ms[work.name]
+        print(f"{work.name:24} {cpu_ms:8.3f} {wall_ms:8.3f}   {work.gives}")
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine().items()))
     if args.json:
         versions = {name: metadata.version(name) for name in ("evalica", "choix")}
-        write(args.json, {"versions": versions, "groups": GROUPS, "size": SIZE, "votes": VOTES, "ms_each": ms})
+        each = {name: {"cpu_ms": cpu_ms, "wall_ms": wall_ms} for name, (cpu_ms, wall_ms) in ms.items()}
+        write(args.json, {"versions": versions, "groups": GROUPS, "size": SIZE, "votes": VOTES, "each": each})
 
 
 if __name__ == "__main__":
