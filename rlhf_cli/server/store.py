@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.flow.wire import MAX_CANDIDATES, MIN_CANDIDATES, Outcome
+from rlhf_cli.ranking.bradley_terry import TAU
 from rlhf_cli.ranking.pairs import Goal, Pair, choose_pair
 from rlhf_cli.ranking.stopping import judge_best
 from rlhf_cli.server import items
@@ -284,7 +285,7 @@ class Store:
             now = self._advance(db)
             left_behind = db.execute(
                 "SELECT id, item_id FROM leases WHERE state = 'live' AND rater_id = ?1 AND rowid NOT IN "
-                "(SELECT rowid FROM leases WHERE rater_id = ?1 ORDER BY rowid DESC LIMIT ?2)",
+                "(SELECT rowid FROM leases WHERE rater_id = ?1 AND state = 'live' ORDER BY rowid DESC LIMIT ?2)",
                 (rater_id, HELD_LEASES - 1),
             )
             items.return_leases(db, left_behind.fetchall(), now)
@@ -387,6 +388,15 @@ class Store:
         """A transaction and its time, with everything that was due by then done."""
         with self._database.transaction() as db:
             yield db, self._advance(db)
+
+    def flow_settings(self, flow_id: str) -> dict[str, Any]:
+        """Settings of a flow, deleted or not."""
+        with self._database.transaction() as db:
+            return flow_of(_row(db, "flows", flow_id)).settings
+
+    def prior_sd(self, item: ItemRecord) -> float:
+        """Prior width in logits under which an item is ranked."""
+        return TAU
 
     def _advance(self, db: sqlite3.Connection) -> float:
         now = self._clock()
