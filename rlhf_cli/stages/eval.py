@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import __version__
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.heldout import (
     check_gates,
@@ -22,8 +24,8 @@ from rlhf_cli.evaluation.heldout import (
 )
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.feedback.votes import VotesFeedback
-from rlhf_cli.journal.events import GroupSampled, StageStarted
-from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.events import GroupSampled, RunStarted, StageStarted
+from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import replay
 from rlhf_cli.journal.run_dir import write_atomic
@@ -38,6 +40,8 @@ from rlhf_cli.stages.session import Result, Session, open_session
 from rlhf_cli.types import Group, RankedGroup, Unranked
 
 POLL_S = 0.05
+ANSWERS_AT_ONCE = 64
+"""Decoding costs mostly the pass over the weights, so a wide batch is hardly slower than a narrow one."""
 
 
 def run(
@@ -48,6 +52,7 @@ def run(
     if recipe.eval is None:
         raise UsageError(f"{loaded.path} has no section `eval`; there is nothing to do for `rlhf eval`")
     with open_session("eval", loaded, path, observers) as session:
+        session.fingerprint += f"/{session.state.attempt}"  # every attempt at run-online makes another policy
         results_file = session.run.eval_results
         if not fresh and (done := session.done(results_file)):
             return {**json.loads(results_file.read_bytes()), **done}
@@ -55,7 +60,7 @@ def run(
         session.start()
         before, after = _answers(session)
         rewards = _rewards(session, before, after)
-        verdicts, identical = _ask(session, pair_up(before, after, f"{session.state.run_id}-eval"), fresh)
+        verdicts, identical = _ask(session, before, after, fresh)
         results = {
             **win_rate_rows(comparisons(verdicts, identical)),
             **rewards["rows"],
@@ -83,13 +88,15 @@ def _answers(session: Session) -> tuple[list[Group], list[Group]]:
     prompts = read_prompts(recipe.data.heldout_prompts)
     sampling = recipe.run_online.sampling if recipe.run_online else Sampling()
     count = recipe.eval.answers_per_prompt
+    at_once = max(1, ANSWERS_AT_ONCE // count)
 
     def answer(policy: Policy, who: str) -> list[Group]:
         groups: list[Group] = []
-        for start in range(0, len(prompts), 8):
+        for start in range(0, len(prompts), at_once):
             session.progress(f"held-out answers, {who}", start, len(prompts))
+            some = prompts[start : start + at_once]
             groups += policy.sample_groups(
-                prompts[start : start + 8], sampling, count, first_index=start, prefix=who, step=0, seed=recipe.seed
+                some, sampling, count, first_index=start, prefix=who, step=0, seed=recipe.seed
             )
         session.progress(f"held-out answers, {who}", len(prompts), len(prompts))
         return groups
@@ -109,10 +116,13 @@ def _rewards(session: Session, before: Sequence[Group], after: Sequence[Group]) 
     return {"rows": reward_rows(*rows), "source": source, "before": rows[0], "after": rows[1]}
 
 
-def _ask(session: Session, pairs: Sequence[Group], fresh: bool) -> tuple[list[RankedGroup | Unranked], list[Group]]:
-    """Have the judge compare the pairs; returns the verdicts, and the pairs that needed none.
+def _ask(
+    session: Session, before: Sequence[Group], after: Sequence[Group], fresh: bool
+) -> tuple[list[RankedGroup | Unranked], list[Group]]:
+    """Have the judge compare answers pair by pair; returns the verdicts, and the pairs that needed none.
 
-    The comparisons have a journal of their own, so that an eval that died picks up what it has paid for.
+    The comparisons have a journal and a run id of their own: an eval that died picks up what it has paid for, and
+    another eval never gets the items of this one.
     """
     path = session.run.eval_results.parent / "journal.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -120,8 +130,13 @@ def _ask(session: Session, pairs: Sequence[Group], fresh: bool) -> tuple[list[Ra
         path.rename(path.with_name(f"journal.replaced-{time.time_ns()}.jsonl"))
     with Journal.open(path) as journal:
         state = replay(journal.entries)
-        if not journal.entries:
-            journal.append(StageStarted(stage="eval", fingerprint=session.fingerprint))
+        if state.started is None:
+            name, seed = session.recipe.name, session.recipe.seed
+            started = RunStarted(run_id=uuid.uuid4().hex[:12], name=name, seed=seed, version=__version__)
+            inputs = StageStarted(stage="eval", fingerprint=session.fingerprint)
+            state = replay([journal.append(started), journal.append(inputs)])
+        assert state.run_id is not None
+        pairs = pair_up(before, after, f"{state.run_id}-eval")
         identical = [pair for pair in pairs if same_answer(pair)]
         asked = [pair for pair in pairs if not same_answer(pair)]
         verdicts: list[RankedGroup | Unranked] = [
@@ -131,7 +146,7 @@ def _ask(session: Session, pairs: Sequence[Group], fresh: bool) -> tuple[list[Ra
             for known in state.groups.values()
             if not known.open
         ]
-        with _judge(session, journal) as feedback:
+        with _judge(session, journal, state.run_id) as feedback:
             feedback.resume(state.open_groups)
             for pair in asked:
                 if pair.id not in state.groups:
@@ -145,20 +160,18 @@ def _ask(session: Session, pairs: Sequence[Group], fresh: bool) -> tuple[list[Ra
 
 
 def _same_inputs(path: Path, fingerprint: str) -> bool:
-    with Journal.open(path) as journal:
-        first = journal.entries[0].event if journal.entries else None
-    return isinstance(first, StageStarted) and first.fingerprint == fingerprint
+    current = replay(read(path)).current
+    return current is not None and current.fingerprint == fingerprint
 
 
 @contextmanager
-def _judge(session: Session, journal: Journal) -> Iterator[VotesFeedback | RewardModelFeedback]:
+def _judge(session: Session, journal: Journal, run_id: str) -> Iterator[VotesFeedback | RewardModelFeedback]:
     recipe = session.recipe
     assert recipe.eval is not None
     if recipe.eval.judge == "reward_model":
         yield RewardModelFeedback(reward_model(session), journal)
         return
     assert recipe.flow is not None
-    assert session.state.run_id is not None
     spec = flow_spec(recipe)
     with flow_service(recipe, session.run) as connect:
         flow_id, _ = asyncio.run(open_or_adopt(connect, spec))
@@ -167,7 +180,7 @@ def _judge(session: Session, journal: Journal) -> Iterator[VotesFeedback | Rewar
             flow_id,
             spec,
             journal.append,
-            run_id=session.state.run_id,
+            run_id=run_id,
             settle_s=recipe.flow.settle_s,
             poll_s=recipe.flow.poll_s,
         )
