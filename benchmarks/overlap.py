@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from machine import machine, write
+
+VERSIONS = ("rlhf-cli", "torch", "trl", "transformers", "accelerate")
 PROMPTS = Path(__file__).parent.parent / "recipes" / "data" / "everyday_train.jsonl"
 OURS, FLOW, ONLINE_DPO, GRPO = "rlhf", "rlhf, real flow", "TRL OnlineDPO", "TRL GRPO"
 QUIET = {
@@ -420,17 +421,6 @@ def table(runs: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("rlhf-cli", "torch", "trl", "transformers")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=2.0, help="seconds until feedback answers")
@@ -438,7 +428,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--grpo", action="store_true", help="also TRL's GRPOTrainer")
     parser.add_argument("--flow", action="store_true", help="also ours through the embedded server and its raters")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, settings and all repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write date, machine, settings and all repeats")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -455,21 +445,16 @@ def main() -> None:
             for loop in loops:
                 runs.append(in_process(loop, s, Path(folder)))
                 print(f"{repeat + 1}/{args.repeats} {loop:16} {runs[-1].per_s:6.2f} completions/s", file=sys.stderr)
-    about, load = machine(), [m.load_average for m in runs]
-    print(", ".join(f"{value} cores" if key == "cores" else f"{key} {value}" for key, value in about.items()))
+    load, versions = [m.load_average for m in runs], {name: metadata.version(name) for name in VERSIONS}
     print(
         f"{s.latency_s:g} s until an answer, {s.steps} steps of {s.prompts} prompts, {s.new_tokens} new tokens, "
         f"{args.repeats} repeats, medians; load average {min(load):.1f}-{max(load):.1f}\n"
     )
     print(table(runs))
+    print("\n" + ", ".join(f"{key} {value}" for key, value in (machine() | versions).items()))
     if args.json:
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": about,
-            "settings": asdict(s),
-            "repeats": [asdict(m) | {"completions_per_s": m.per_s, "wait_share": m.wait_share} for m in runs],
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        repeats = [asdict(m) | {"completions_per_s": m.per_s, "wait_share": m.wait_share} for m in runs]
+        write(args.json, {"versions": versions, "settings": asdict(s), "repeats": repeats})
 
 
 if __name__ == "__main__":
