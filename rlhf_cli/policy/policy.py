@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_cli.errors import DataError
 from rlhf_cli.policy.generate import encode_prompt, sample, token_logps
 from rlhf_cli.policy.load import (
     frozen_copy,
@@ -82,6 +83,8 @@ class Policy:
         self.stop_ids = stop_token_ids(self.tokenizer, base)
         self.pad_id = int(self.tokenizer.pad_token_id)
         self.max_prompt_tokens = recipe.data.max_prompt_tokens
+        self.max_new_tokens = recipe.run_online.sampling.max_new_tokens if recipe.run_online else 0
+        self.context_tokens: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self.system_prompt = recipe.data.system_prompt
         self.phase = Stopwatch()
 
@@ -90,10 +93,21 @@ class Policy:
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, with the recipe's system prompt where the prompt has none of its own."""
+        """Token ids of a prompt, with the recipe's system prompt where the prompt has none of its own.
+
+        Raises:
+            DataError: Longer than the recipe allows, or than the model can hold together with its answer.
+        """
         if self.system_prompt is not None and prompt.messages[0].role != "system":
             prompt = Prompt(prompt.id, (Message("system", self.system_prompt), *prompt.messages))
-        return encode_prompt(self.tokenizer, prompt, self.max_prompt_tokens)
+        ids = encode_prompt(self.tokenizer, prompt, self.max_prompt_tokens)
+        if self.context_tokens is not None and len(ids) + self.max_new_tokens > self.context_tokens:
+            raise DataError(
+                f"prompt '{prompt.id}' has {len(ids)} tokens, which with the {self.max_new_tokens} of "
+                f"run_online.sampling.max_new_tokens is more than the {self.context_tokens} that the model can hold; "
+                "shorten either"
+            )
+        return ids
 
     def sample_groups(
         self,

@@ -54,7 +54,8 @@ def run(
         policy = Policy(session.start_model(), recipe)
         session.progress("loading the policy", 1, 1)
         prompts = read_prompts(recipe.data.prompts)
-        for prompt in prompts:
+        heldout = recipe.data.heldout_prompts if recipe.eval else None
+        for prompt in [*prompts, *(read_prompts(heldout) if heldout else [])]:
             policy.encode(prompt)  # one that is too long is found before anything is paid for
         _announce(session)
         with _feedback(session, state) as feedback:

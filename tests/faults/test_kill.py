@@ -23,6 +23,7 @@ from cli_world import (
     succeeded,
 )
 
+from rlhf_cli.journal import journal
 from rlhf_cli.journal.events import (
     CheckpointSaved,
     DatasetCreated,
@@ -32,8 +33,10 @@ from rlhf_cli.journal.events import (
     GroupSubmitted,
     StepTrained,
 )
+from rlhf_cli.journal.replay import replay
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.online.checkpoint import latest
+from rlhf_cli.server.store import Store
 
 SETS = (*QUICK, "run_online.steps=6")  # with a checkpoint after three steps
 BY_MODEL = ("run_online.feedback=reward_model", "run_online.steps=6")
@@ -114,3 +117,27 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(
     assert weights(folder) == weights(whole)
     for step in range(1, 7):
         assert rows(folder, step)[-1]["train/loss"] == rows(whole, step)[0]["train/loss"]
+
+
+@pytest.mark.slow
+def test_after_a_kill_in_eval_no_comparison_is_bought_twice(smoke: Smoke, tmp_path: Path) -> None:
+    folder, sets = copy(smoke.folder, tmp_path), ("eval.answers_per_prompt=2",)
+    compared = RunDir(folder).eval_results.with_name("journal.jsonl")
+    before = {
+        group.item_id for group in [*state(folder).groups.values(), *replay(journal.read(compared)).groups.values()]
+    }
+    compared.unlink()
+    process = Process("eval", folder, sets=sets)
+    process.send(signal.SIGKILL, lambda _: count(GroupRanked, [entry.event for entry in journal.read(compared)]) >= 3)
+    process.ended()
+    done = succeeded(stage("eval", folder, sets=sets))
+    known = replay(journal.read(compared))
+    assert done["pairs"] == 64
+    assert done["votes"] == known.votes_total
+    server = Store(RunDir(folder).flow_store)
+    flow = state(folder).flow
+    assert flow is not None
+    _, items = server.items(flow.flow_id, 0, 10_000, newest_first=False)
+    server.close()
+    paid = {group.item_id for group in known.groups.values()}
+    assert {item.id for item in items} - before == paid - {None}

@@ -29,8 +29,10 @@ from flow_world import until
 
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.http import Patience
+from rlhf_cli.journal import journal
 from rlhf_cli.journal.events import CheckpointSaved, GroupSampled, StageStarted, StepTrained
 from rlhf_cli.journal.metrics import METRICS, read_metrics
+from rlhf_cli.journal.replay import replay
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.online.checkpoint import latest
 from rlhf_cli.server.crowd import CrowdSettings
@@ -155,6 +157,14 @@ def test_a_prompt_that_is_too_long_ends_the_stage_before_anything_is_asked(smoke
     assert count(GroupSampled, events(folder)) == 0
 
 
+def test_a_heldout_prompt_that_is_too_long_is_found_before_training(smoke: Smoke, tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"id": "endless", "prompt": "why " * 2000}))
+    folder = copy(smoke.prepared, tmp_path)
+    refused(stage("run-online", folder, sets=(f"data.heldout_prompts={heldout}",)), 3, "'endless'")
+    assert count(GroupSampled, events(folder)) == 0
+
+
 class TestAnotherServer:
     """A flow service that is not the embedded one: reached by its address, with credentials from the environment."""
 
@@ -235,6 +245,28 @@ def test_a_gate_that_is_not_met_is_exit_5_however_often_it_is_asked(smoke: Smoke
         assert "Traceback" not in ended.err
     assert count(StageStarted, events(folder)) == count(StageStarted, events(smoke.folder)) + 1
     assert stage("run", folder, sets=("eval.gates.win_rate=1.0", *QUICK[:1])).code == 5
+
+
+def test_another_policy_is_another_eval_that_asks_anew(smoke: Smoke, tmp_path: Path) -> None:
+    """The same recipe over again: neither the old results nor the old votes are about the new policy."""
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps({"prompt": f"What is {n} and {n}?"}) + "\n" for n in range(4)))
+    online = ("run_online.steps=1", "run_online.learner.learning_rate=0.05")
+    folder, sets = copy(smoke.prepared, tmp_path), (*QUICK, *online, f"data.heldout_prompts={heldout}")
+
+    def asked() -> set[str]:
+        groups = replay(journal.read(RunDir(folder).eval_results.with_name("journal.jsonl"))).groups.values()
+        return {group.item_id for group in groups if group.item_id is not None}
+
+    seen: list[set[str]] = []
+    for repeated in ("run-online", "eval"):
+        succeeded(stage(repeated, folder, "--fresh", sets=sets))
+        assert succeeded(stage("eval", folder, sets=sets))["skipped"] is (repeated == "eval")
+        seen.append(asked())
+    succeeded(stage("run-online", folder, "--fresh", sets=sets))
+    assert succeeded(stage("eval", folder, sets=sets))["skipped"] is False
+    seen.append(asked())
+    assert len(set.union(*seen)) == sum(map(len, seen))  # no item twice
 
 
 def test_a_budget_ends_the_run_with_what_was_paid_for_and_a_larger_one_goes_on(smoke: Smoke, tmp_path: Path) -> None:

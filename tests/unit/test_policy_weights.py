@@ -170,6 +170,16 @@ def test_the_system_prompt_of_the_recipe_is_put_before_prompts_without_one(recip
     assert policy.tokenizer.decode(policy.encode(own)).startswith("<|system|>Be brief.<|end|>")
 
 
+def test_a_prompt_must_leave_room_for_its_answer(recipe: MakeRecipe, tiny: str) -> None:
+    policy = Policy(tiny, recipe(data={"prompts": "prompts.jsonl", "max_prompt_tokens": 5000}))
+    empty = len(policy.encode(prompt("")))
+    room = 1024 - 6 - empty
+    token = policy.tokenizer.decode([9])
+    assert len(policy.encode(prompt(token * room))) == 1024 - 6
+    with pytest.raises(DataError, match=r"everyday-7.*1019 tokens.*max_new_tokens.*1024"):
+        policy.encode(prompt(token * (room + 1), "everyday-7"))
+
+
 def test_a_policy_that_is_not_trained_is_compared_with_what_it_is_given(recipe: MakeRecipe, tiny: str) -> None:
     start, end = Policy(tiny, recipe(), train=False), Policy(tiny, recipe())
     train(end)
