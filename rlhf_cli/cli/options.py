@@ -22,3 +22,4 @@ Output = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier attempt stopped.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever an earlier attempt left.")]
+Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the server.", show_default=False)]

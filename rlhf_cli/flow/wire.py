@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.alias_generators import to_camel
 
 from rlhf_cli.flow.base import Capabilities, ItemState, ItemStatus
@@ -21,6 +21,13 @@ class Body(BaseModel):
         return self.model_dump(by_alias=True, mode="json")
 
 
+class Sent(Body):
+    """A body that a client sends: what is not given is left out, so that a service's own default holds."""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(by_alias=True, mode="json", exclude_none=True)
+
+
 class Token(BaseModel):
     """The answer of the identity service; its members are in snake case."""
 
@@ -29,13 +36,61 @@ class Token(BaseModel):
     expires_in: float | None = None
 
 
-class CreateFlow(Body):
+Goal = Literal["ranking", "best", "balanced"]
+
+
+class FeatureFlag(Body):
+    key: str = Field(max_length=200)
+    value: str = Field(max_length=1000)
+
+
+class FlowSettings(Sent):
+    """Members of a flow that are optional and nullable. Our server acts on the first two and keeps the others."""
+
+    drain_duration_seconds: int | None = Field(None, ge=0, le=MAX_TTL_S)
+    """Seconds before an item's end at which nobody new is asked."""
+    serve_timeout_seconds: int | None = Field(None, ge=1, le=86400)
+    """Seconds that a person may keep a pair."""
+    starting_elo: int | None = Field(None, ge=-1_000_000, le=1_000_000)
+    feature_flags: list[FeatureFlag] | None = Field(None, max_length=100)
+    validation_set_id: str | None = Field(None, max_length=200)
+    audience_id: str | None = Field(None, max_length=200)
+    serve_to_response_ratio: FiniteFloat | None = None
+    target_response_count: int | None = Field(None, ge=0)
+    pid_proportional_gain: FiniteFloat | None = None
+    pid_integral_gain: FiniteFloat | None = None
+    pid_derivative_gain: FiniteFloat | None = None
+    pid_output_offset: FiniteFloat | None = None
+    pid_min_sessions_per_minute: int | None = None
+    pid_max_sessions_per_minute: int | None = None
+    pid_batch_mode: Literal["Total", "PerBatch", "PerBatchTimeWeighted"] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Those that were sent, as on the wire; a list that is null is an empty one."""
+        names = FlowSettings.model_fields.keys() & self.model_fields_set
+        sent = self.model_dump(include=names, by_alias=True, mode="json")
+        return sent | ({"featureFlags": sent["featureFlags"] or []} if "featureFlags" in sent else {})
+
+
+class CreateFlow(FlowSettings):
     name: str = Field(min_length=1, max_length=1000)
     criteria: str = Field(min_length=1, max_length=4000)
-    min_responses: int = Field(20, ge=1)
-    max_responses: int = Field(100, ge=1, le=100_000)
+    min_responses: int | None = Field(None, ge=1)
+    max_responses: int | None = Field(None, ge=1, le=100_000)
     serve_responses: int | None = Field(None, ge=1)
     """Votes at which serving stops, our *desired*; null means the maximum."""
+    goal: Goal | None = None
+    """Ours: which pairs people are given, and with `best` when it is enough."""
+
+
+class UpdateFlow(FlowSettings):
+    """Absent members stay as they are."""
+
+    criteria: str | None = Field(None, min_length=1, max_length=4000)
+    min_responses: int | None = Field(None, ge=1)
+    max_responses: int | None = Field(None, ge=1, le=100_000)
+    serve_responses: int | None = Field(None, ge=1)
+    goal: Goal | None = None
 
 
 class FlowCreated(Body):
@@ -52,6 +107,7 @@ class FlowDocument(Body):
     min_responses: int
     max_responses: int
     serve_responses: int | None = None
+    goal: str | None = None
     feature_flags: list[Any] | None = []
     flow_item_count: int | None = 0
     starting_elo: int | None = 1200
@@ -81,31 +137,67 @@ class TextAsset(Body):
     text: str = Field(min_length=1)
 
 
+class ExistingAsset(Body):
+    """Something uploaded before, by the name that the upload was answered with."""
+
+    t: Literal["ExistingAssetInput"] = Field("ExistingAssetInput", alias="_t")
+    name: str = Field(min_length=1, max_length=200)
+
+
+class ManyAssets(Body):
+    t: Literal["MultiAssetInput"] = Field("MultiAssetInput", alias="_t")
+    assets: list[ExistingAsset] = Field(min_length=1, max_length=10)
+
+
+CandidateAsset = Annotated[TextAsset | ExistingAsset, Field(discriminator="t")]
+
+
 class Segment(Body):
     key: Literal["asset"] = "asset"
     kind: Literal["Asset"] = "Asset"
-    asset: TextAsset
+    asset: CandidateAsset
 
 
-class CreateDatapoint(Body):
-    segments: list[Segment] = Field(min_length=1, max_length=1)
+class CreateDatapoint(Sent):
+    """A candidate, as one segment or, as older clients have it, as an asset."""
+
+    segments: list[Segment] | None = Field(None, min_length=1, max_length=1)
+    asset: CandidateAsset | None = None
     sort_index: int | None = Field(None, ge=0, le=1_000_000)
     group: str | None = None
     private_metadata: dict[str, str] | None = None
 
+    @model_validator(mode="after")
+    def _one_candidate(self) -> CreateDatapoint:
+        if (self.segments is None) == (self.asset is None):
+            raise ValueError("a datapoint has one segment, or one asset")
+        return self
+
     @property
-    def text(self) -> str:
-        return self.segments[0].asset.text
+    def candidate(self) -> TextAsset | ExistingAsset:
+        asset = self.segments[0].asset if self.segments else self.asset
+        assert asset is not None
+        return asset
 
 
 class DatapointCreated(Body):
     datapoint_id: str = Field(min_length=1)
 
 
-class CreateItem(Body):
+class CreateItem(Sent):
     dataset_id: str
     context: str | None = None
+    context_asset: Annotated[ExistingAsset | ManyAssets, Field(discriminator="t")] | None = None
+    """Images to show above the pairs."""
     time_to_live_in_seconds: FiniteFloat | None = Field(None, gt=0, le=MAX_TTL_S)
+    drain_duration_in_seconds: FiniteFloat | None = Field(None, ge=0, le=MAX_TTL_S)
+
+    @property
+    def context_names(self) -> list[str]:
+        if self.context_asset is None:
+            return []
+        many = self.context_asset.assets if isinstance(self.context_asset, ManyAssets) else [self.context_asset]
+        return [asset.name for asset in many]
 
 
 class ItemCreated(Body):
@@ -152,10 +244,30 @@ class ResultAsset(Body):
     identifier: str
 
 
+class OriginalFilename(Body):
+    t: Literal["OriginalFilenameMetadata"] = Field("OriginalFilenameMetadata", alias="_t")
+    original_filename: str
+
+
+class ResultFile(Body):
+    t: Literal["FileAsset"] = Field("FileAsset", alias="_t")
+    file_name: str
+    metadata: dict[str, OriginalFilename] = {}
+    identifier: str
+
+
 class ResultRow(Body):
+    """A candidate; what follows `elo` is ours: a 95 % interval, P(best), votes, its place, and what to beware of."""
+
     id: str
-    asset: ResultAsset
+    asset: ResultAsset | ResultFile
     elo: int
+    elo_low: int | None = None
+    elo_high: int | None = None
+    p_best: float | None = None
+    votes: float | None = None
+    sort_index: int | None = None
+    flags: list[str] = []
 
 
 class Results(Body):

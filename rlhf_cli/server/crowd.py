@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import httpx
 import numpy as np
 
 from rlhf_cli.flow import wire
 from rlhf_cli.flow.http import LOOPBACK
-from rlhf_cli.server.tastes import taste
+from rlhf_cli.server.tastes import Taste, taste
 
-SKILL_SD = 0.25
-"""Spread of the log of a rater's skill."""
 TIE_BELOW = 0.05
 """Differences in taste that nobody can see."""
 RETRY_S = 0.5
@@ -34,7 +34,9 @@ class CrowdSettings:
 
     `agreement` is the probability that two raters agree on a pair whose taste difference is drawn from a standard
     normal distribution; completions that differ more (less) in taste are agreed on more (less) often. `position_bias`
-    is an extra logit for the left side, `dropout` the probability that a pair is taken and never answered.
+    is an extra logit for the left side, `dropout` the probability that a pair is taken and never answered, `skill_sd`
+    the spread of the log of a rater's skill. A share `spammers` of the raters does not read: half of them answer at
+    random, half of them always left, all ten times as fast as the others.
     """
 
     raters: int = 40
@@ -44,6 +46,8 @@ class CrowdSettings:
     agreement: float = 0.72
     position_bias: float = 0.0
     dropout: float = 0.02
+    skill_sd: float = 0.25
+    spammers: float = 0.0
 
     @property
     def patience_s(self) -> float:
@@ -68,15 +72,29 @@ def sharpness(agreement: float) -> float:
 
 
 class Rater:
-    """One simulated person: a skill, a pace and habits. Decides; does not know HTTP."""
+    """One simulated person: a skill, a pace and habits. Decides; does not know HTTP.
 
-    def __init__(self, settings: CrowdSettings, seed: str) -> None:
+    Args:
+        likes: A taste; by default the built-in one that the settings name.
+        spams: Votes without reading: "random", or "left" whatever is there.
+    """
+
+    def __init__(
+        self,
+        settings: CrowdSettings,
+        seed: str,
+        likes: Taste | None = None,
+        spams: Literal["random", "left"] | None = None,
+    ) -> None:
         self._rng = random.Random(seed)
         self._settings = settings
-        self._taste = taste(settings.taste)
-        self._logits_per_taste = sharpness(settings.agreement) * self._rng.lognormvariate(0, SKILL_SD)
+        self._taste = likes or taste(settings.taste)
+        self._spams = spams
+        self._logits_per_taste = sharpness(settings.agreement) * self._rng.lognormvariate(0, settings.skill_sd)
 
     def outcome(self, prompt: str, left: str, right: str) -> wire.Outcome:
+        if self._spams is not None:
+            return "left" if self._spams == "left" or self._rng.random() < 0.5 else "right"
         difference = self._taste(prompt, left) - self._taste(prompt, right)
         if abs(difference) < TIE_BELOW:
             return "tie"
@@ -86,10 +104,27 @@ class Rater:
     def latency_s(self) -> float:
         """Seconds until an answer: lognormal, by its median and its 95th percentile."""
         spread = math.log(max(1.0, self._settings.latency_p95_s / self._settings.latency_p50_s)) / 1.6449
-        return self._settings.latency_p50_s * math.exp(self._rng.gauss(0, spread))
+        pace = 0.1 if self._spams else 1.0
+        return pace * self._settings.latency_p50_s * math.exp(self._rng.gauss(0, spread))
 
     def drops_out(self) -> bool:
         return self._rng.random() < self._settings.dropout
+
+
+def simulated_raters(url: str, owner_secret: str, count: int, population: str) -> list[str]:
+    """Secrets of simulated raters, made by the server at `url` for its owner.
+
+    Raises:
+        httpx.HTTPError: It cannot be reached, or refuses.
+    """
+    with httpx.Client(trust_env=httpx.URL(url).host not in LOOPBACK, timeout=30) as http:
+        reply = http.post(
+            f"{url.rstrip('/')}/owner/simulated-raters",
+            json={"count": count, "population": population},
+            headers={"Authorization": f"Bearer {owner_secret}"},
+        )
+        reply.raise_for_status()
+        return [rater["secret"] for rater in reply.json()["raters"]]
 
 
 class Crowd:
@@ -99,6 +134,7 @@ class Crowd:
         url: Of the server.
         tokens: Bearer tokens of role rater, one per person.
         seed: Of their decisions; which pairs they get is up to the server.
+        likes: Their taste; by default the built-in one that the settings name.
     """
 
     def __init__(
@@ -108,7 +144,14 @@ class Crowd:
         settings: CrowdSettings,
         seed: int,
         transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        likes: Taste | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
+        self._likes = likes
+        self._verify = verify
+        self.votes = 0
+        """Votes that counted."""
         self._url = url
         self._tokens = tokens
         self._settings = settings
@@ -126,13 +169,19 @@ class Crowd:
                 transport=self._transport,
                 limits=connections,
                 timeout=30,
+                verify=self._verify,
                 trust_env=httpx.URL(self._url).host not in LOOPBACK,
             ) as http,
             asyncio.TaskGroup() as people,
         ):
             for number, token in enumerate(self._tokens):
-                rater = Rater(self._settings, f"{self._seed}/{number}")
+                rater = Rater(self._settings, f"{self._seed}/{number}", self._likes, self._spams(number))
                 people.create_task(self._vote(http, rater, {"Authorization": f"Bearer {token}"}))
+
+    def _spams(self, number: int) -> Literal["random", "left"] | None:
+        """The last raters are the spammers, so that more of them leave the others as they are."""
+        place = len(self._tokens) - 1 - number
+        return None if place >= round(self._settings.spammers * len(self._tokens)) else ("random", "left")[place % 2]
 
     async def _vote(self, http: httpx.AsyncClient, rater: Rater, headers: dict[str, str]) -> None:
         while True:
@@ -146,6 +195,7 @@ class Crowd:
             reply = await _post(http, f"/vote/{pair.lease}", headers, vote)
             if reply.status_code not in (409, 410):  # answered before a lost reply; or somebody was faster
                 reply.raise_for_status()
+            self.votes += reply.status_code == 204
 
     async def _next_pair(self, http: httpx.AsyncClient, headers: dict[str, str]) -> wire.Lease:
         """Wait for a pair. One rater at a time asks, so that a crowd with nothing to do costs next to nothing."""
@@ -172,6 +222,6 @@ async def _post(
         except httpx.TransportError:
             await asyncio.sleep(RETRY_S)
             continue
-        if reply.status_code != 503:
+        if reply.status_code not in (429, 503):
             return reply
         await asyncio.sleep(RETRY_S)

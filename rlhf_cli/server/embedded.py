@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import threading
 from pathlib import Path
 from types import TracebackType
 
-import uvicorn
-
 from rlhf_cli.errors import FlowUnavailable
 from rlhf_cli.server.app import create_app
 from rlhf_cli.server.crowd import Crowd, CrowdSettings
+from rlhf_cli.server.protocol import listen, server_of
 from rlhf_cli.server.store import LEASE_S, Store
 from rlhf_cli.server.tastes import taste
 
@@ -51,13 +49,9 @@ class EmbeddedFlow:
         self.store = Store(self._path, rng=random.Random(self._seed), lease_s=lease_s)
         try:
             _, self.client_secret = self.store.tokens.add("client", "embedded", token_id=CLIENT_ID)
-            self._rater_tokens = [
-                self.store.tokens.add("rater", f"simulated {n}", simulated=True, token_id=f"rater_simulated_{n:03d}")[1]
-                for n in range(self._crowd.raters if self._crowd else 0)
-            ]
-            # Without the protocol named, asyncio leaves Nagle's delay on and every answer takes 40 ms.
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            self._socket.bind(("127.0.0.1", 0))
+            raters = self.store.tokens.add_simulated("embedded", self._crowd.raters if self._crowd else 0)
+            self._rater_tokens = [secret for _, secret in raters]
+            self._socket = listen("127.0.0.1", 0)
         except BaseException:
             self.store.close()
             raise
@@ -93,16 +87,7 @@ class EmbeddedFlow:
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        config = uvicorn.Config(
-            create_app(self.store),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=1,
-        )
-        server = uvicorn.Server(config)
+        server = server_of(create_app(self.store))
         serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.002)

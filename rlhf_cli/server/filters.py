@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 from rlhf_cli.server.problems import Problem
@@ -71,9 +70,3 @@ def read_filter(params: Iterable[tuple[str, str]], fields: Mapping[str, Callable
         conditions.append(f"{field} IN ({', '.join('?' * len(allowed))})")
         values += allowed
     return Filter(f"({joined.join(conditions)})", tuple(values)) if conditions else EVERYTHING
-
-
-def unix_time(text: str) -> float:
-    """ISO 8601; without a zone it is UTC."""
-    at = datetime.fromisoformat(text)
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

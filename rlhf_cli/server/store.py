@@ -352,7 +352,7 @@ class Store:
                 raise Problem(403, "this pair was handed to somebody else")
             if lease["state"] in ("counted", "skipped") or _answered(db, lease_id):
                 raise Problem(409, "this pair was already answered")
-            in_time, item_id = lease["state"] == "live", lease["item_id"]
+            in_time, item_id = bool(lease["state"] == "live"), lease["item_id"]
             db.execute(
                 "INSERT INTO votes VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (lease_id, item_id, rater_id, lease["left"], lease["right"], outcome, response_ms, not in_time, now),
@@ -371,12 +371,12 @@ class Store:
             verdict = judge_best(items.wins(db, item_id, row["size"]), row["min"])
             db.execute("UPDATE items SET decided = ? WHERE id = ?", (verdict.stop, item_id))
 
-    def votes(self, item_id: str | None = None) -> list[Vote]:
-        """Raw votes, late and skipped ones too, in the order they arrived."""
+    def votes(self, item_id: str | None = None, *, latest: int = -1) -> list[Vote]:
+        """Raw votes, late and skipped ones too, in the order they arrived; of all items or one, all or the latest."""
         where, values = ("WHERE item_id = ?", (item_id,)) if item_id is not None else ("", ())
         with self._database.transaction() as db:
-            rows = db.execute(f"SELECT * FROM votes {where} ORDER BY id", values).fetchall()
-        return [vote_of(row) for row in rows]
+            rows = db.execute(f"SELECT * FROM votes {where} ORDER BY id DESC LIMIT ?", (*values, latest)).fetchall()
+        return [vote_of(row) for row in reversed(rows)]
 
     def matrix(self, item_id: str) -> WinMatrix:
         """The counted votes on an item by position; a tie, and two bad ones, are half a vote each way."""

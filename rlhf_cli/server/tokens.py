@@ -76,6 +76,14 @@ class Tokens:
             )
         return token_id, secret
 
+    def add_simulated(self, population: str, count: int) -> list[tuple[str, str]]:
+        """Ids and secrets of simulated raters; the same population is the same raters with new secrets."""
+        with self._changing():  # one flush to disk for all of them
+            return [
+                self.add("rater", f"simulated {n}", simulated=True, token_id=f"rater_simulated_{population}_{n:03d}")
+                for n in range(count)
+            ]
+
     def add_link(self, token_id: str, ttl_s: float = LINK_TTL_S) -> str:
         """A secret that lets the person behind `token_id` in once, from any browser."""
         with self._changing() as db:

@@ -137,6 +137,6 @@ def test_an_unknown_taste_is_found_before_anything_starts(tmp_path: Path) -> Non
 def test_a_crowd_that_breaks_is_a_failure_and_not_silence(tmp_path: Path) -> None:
     with pytest.raises(BaseExceptionGroup) as caught, EmbeddedFlow(tmp_path / "server.sqlite", CROWD) as flow:  # noqa: PT012
         for number in range(CROWD.raters):
-            flow.store.tokens.revoke(f"rater_simulated_{number:03d}")
+            flow.store.tokens.revoke(f"rater_simulated_embedded_{number:03d}")
         until(lambda: not flow._thread.is_alive())
     assert caught.group_contains(httpx.HTTPStatusError)
