@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_world import TEXTS, prompt
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.policy.generate import Sampled, completion_logps, encode_prompt, pack, sample, token_logps
@@ -43,6 +43,16 @@ def test_logps_are_those_of_each_row_alone(model: PreTrainedModel, pad_id: int) 
     together = token_logps(model, PROMPTS, COMPLETIONS, pad_id)
     for row, question, completion in zip(together, PROMPTS, COMPLETIONS, strict=True):
         assert row == pytest.approx(naive(model, question, completion), abs=1e-5)
+
+
+def test_padding_does_not_move_tokens_where_positions_are_absolute() -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=314, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=1.0)
+    model = GPT2LMHeadModel(config).eval()
+    for row, question, completion in zip(
+        token_logps(model, PROMPTS, COMPLETIONS, 0), PROMPTS, COMPLETIONS, strict=True
+    ):
+        assert row == pytest.approx(naive(model, question, completion), abs=1e-4)
 
 
 def test_logps_do_not_depend_on_batch_mates(model: PreTrainedModel) -> None:
