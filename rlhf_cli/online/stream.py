@@ -93,7 +93,7 @@ class Stream:
             yield self._deliver(Batch(self._next_groups(), self._beta()))
 
     def _next_groups(self) -> list[RankedGroup]:
-        """Sample, ask and wait until a step's worth of groups is ranked; oldest votes first."""
+        """Sample, ask and wait until a step's worth of groups is ranked; the oldest sampled go first."""
         wanted = self.online.prompts_per_step
         enough = min(self.online.min_ready or wanted, wanted)
         sampled = False
@@ -197,7 +197,8 @@ class Stream:
                 self.ready.append(verdict)
         limit = self.online.staleness.max_steps
         fresh: deque[RankedGroup] = deque()
-        for ranked in self.ready:
+        # By age of sampling, not of ranking: a slow group must not go stale behind newer ones.
+        for ranked in sorted(self.ready, key=lambda r: r.group.index):
             age = self.step - ranked.group.policy_step
             if age <= limit:
                 fresh.append(ranked)

@@ -31,7 +31,7 @@ class Lora(Section):
     alpha: int | None = Field(None, ge=1)
     """Scale of the adapters; twice the rank when left out."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped while training."""
+    """Share of adapter inputs dropped in `sft`; reward model and online training go without dropout."""
 
 
 class FromScratch(Section):

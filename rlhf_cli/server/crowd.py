@@ -52,7 +52,7 @@ class CrowdSettings:
     @property
     def patience_s(self) -> float:
         """A lease that hardly any of these raters outlasts: past it, the pair is better given to somebody else."""
-        return min(90.0, max(5.0, 4 * self.latency_p95_s))
+        return min(90.0, max(1.0, 4 * self.latency_p95_s))
 
 
 def sharpness(agreement: float) -> float:
