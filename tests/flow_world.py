@@ -17,7 +17,9 @@ from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.credentials import Credentials
 from rlhf_cli.flow.http import Patience
 from rlhf_cli.flow.wire import Outcome
+from rlhf_cli.ranking.pairs import Goal
 from rlhf_cli.server.app import create_app
+from rlhf_cli.server.records import LeasedPair
 from rlhf_cli.server.store import Store
 from rlhf_cli.types import Completion, Group, Message, Prompt
 
@@ -138,6 +140,26 @@ def world(store: Store, clock: Clock) -> World:
 def group(number: int, texts: list[str]) -> Group:
     completions = tuple(Completion(text, (1, 2), (-0.5, -0.25), (-0.5, -0.5), True) for text in texts)
     return Group(f"g{number}", number, Prompt(f"p{number}", (Message("user", "Why?"),)), (5, 6), completions, 0)
+
+
+def open_item(
+    world: World, texts: int = 4, responses: Responses = SPEC.responses, ttl_s: float = 600, goal: Goal = "ranking"
+) -> str:
+    """An item of a flow of its own, about texts that get longer."""
+    store = world.store
+    flow_id = store.create_flow("flow", "Which?", responses, goal=goal)
+    dataset_id = store.create_dataset("dataset")
+    for i in range(texts):
+        store.add_datapoint(dataset_id, i, "x" * (i + 1))
+    return store.create_item(flow_id, dataset_id, "Why?", ttl_s)
+
+
+def take(world: World) -> tuple[LeasedPair, str]:
+    """A pair for a new rater."""
+    rater_id = world.rater()
+    pair = world.store.lease(rater_id)
+    assert pair is not None
+    return pair, rater_id
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -9,10 +9,9 @@ import statistics
 import httpx
 import numpy as np
 import pytest
-from flow_world import World
+from flow_world import World, open_item
 from hypothesis import given
 from hypothesis import strategies as st
-from test_server_store import open_item
 
 from rlhf_cli.errors import RlhfError
 from rlhf_cli.flow.base import ItemState, Responses

@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from flow_world import SPEC, Clock, World
-from test_server_store import open_item
+from flow_world import SPEC, Clock, World, open_item
 
 from rlhf_cli.server.requests import MAX_BODY_BYTES
 
@@ -37,7 +36,17 @@ async def test_voting_over_http_is_blind_and_counts_once(
     reply = await http.post("/vote/lease", headers=rater_token)
     assert reply.status_code == 200
     lease = reply.json()
-    assert lease.keys() == {"lease", "prompt", "instruction", "kind", "left", "right", "contextImages", "expires"}
+    assert lease.keys() == {
+        "lease",
+        "prompt",
+        "instruction",
+        "kind",
+        "left",
+        "right",
+        "contextImages",
+        "expires",
+        "secondsLeft",
+    }
     assert (lease["prompt"], lease["instruction"]) == ("Why?", "Which?")
 
     vote = {"outcome": "left", "response_ms": 1234}

@@ -7,29 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from flow_world import SPEC, Clock, World
+from flow_world import SPEC, Clock, World, open_item, take
 
 from rlhf_cli.errors import RunDamaged
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.server.problems import Problem
-from rlhf_cli.server.records import LeasedPair
 from rlhf_cli.server.store import LEASE_S, Once, Store
-
-
-def open_item(world: World, texts: int = 4, responses: Responses = SPEC.responses, ttl_s: float = 600) -> str:
-    store = world.store
-    flow_id = store.create_flow("flow", "Which?", responses)
-    dataset_id = store.create_dataset("dataset")
-    for i in range(texts):
-        store.add_datapoint(dataset_id, i, "x" * (i + 1))
-    return store.create_item(flow_id, dataset_id, "Why?", ttl_s)
-
-
-def take(world: World) -> tuple[LeasedPair, str]:
-    rater_id = world.rater()
-    pair = world.store.lease(rater_id)
-    assert pair is not None
-    return pair, rater_id
 
 
 def test_an_item_is_pending_until_somebody_looks_at_it(world: World) -> None:
