@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rlhf_cli.server import flow_api, media_api, owner_api, results_api, site, token_api, vote_api
+from rlhf_cli.server import dashboard, flow_api, media_api, owner_api, results_api, site, token_api, vote_api
 from rlhf_cli.server.limits import Guard, Limits
 from rlhf_cli.server.problems import Problem
 from rlhf_cli.server.requests import FrontDoor, database_trouble, gone, problem
@@ -44,6 +44,7 @@ def create_app(
             *media_api.routes,
             *token_api.routes,
             *owner_api.routes,
+            *dashboard.routes,
             *site.routes,
             Route("/healthz", _healthz, methods=["GET"]),
         ],

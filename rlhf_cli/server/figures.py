@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.ranking.agreement import krippendorff_alpha, pair_agreement, side_bias
+from rlhf_cli.server import gold
 from rlhf_cli.server.records import Vote
 from rlhf_cli.server.store import Store
 from rlhf_cli.server.times import iso
@@ -75,6 +76,7 @@ def rater_figures(store: Store) -> list[dict[str, Any]]:
     votes: dict[str, list[Vote]] = defaultdict(list)
     for vote in store.votes():
         votes[vote.rater_id].append(vote)
+    gold_of = gold.accuracy(store)
     for token in store.tokens.all():
         if token.role != "rater":
             continue
@@ -96,6 +98,8 @@ def rater_figures(store: Store) -> list[dict[str, Any]]:
                 "ties": sum(vote.outcome in ("tie", "both_bad") for vote in counted),
                 "left_share": sides.left.value,
                 "left_p_value": sides.p_value,
+                "gold_right": gold_of[token.id].part if token.id in gold_of else 0,
+                "gold_total": gold_of[token.id].total if token.id in gold_of else 0,
                 "response_p50_s": statistics.median(times) if times else None,
                 "last_vote": iso(cast[-1].created_at) if cast else None,
             }
