@@ -7,34 +7,9 @@ from markdown_it import MarkdownIt
 
 from rlhf_cli.text import visible
 
-TAGS = frozenset(
-    [
-        "p",
-        "br",
-        "hr",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "strong",
-        "em",
-        "s",
-        "code",
-        "pre",
-        "blockquote",
-        "ul",
-        "ol",
-        "li",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-    ]
-)
+_BLOCKS = {"p", "br", "hr", "pre", "blockquote", "ul", "ol", "li", *(f"h{level}" for level in range(1, 7))}
+_TABLES = {"table", "thead", "tbody", "tr", "th", "td"}
+TAGS = frozenset({*_BLOCKS, *_TABLES, "strong", "em", "s", "code"})
 """The page's script builds these, and these alone, from what it gets."""
 
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])

@@ -44,9 +44,7 @@ TITLES = {
 }
 
 
-def for_role(
-    *roles: Role, browser: bool = False
-) -> Callable[[Handler], Callable[[Request], Awaitable[Response]]]:
+def for_role(*roles: Role, browser: bool = False) -> Callable[[Handler], Callable[[Request], Awaitable[Response]]]:
     """Make a route out of a handler that only these roles may use; with `browser`, a session will do for a token."""
 
     def route(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
