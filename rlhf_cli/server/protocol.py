@@ -69,7 +69,11 @@ class QuietServer(uvicorn.Server):
 
 
 def server_of(app: Any, **settings: Any) -> uvicorn.Server:
-    """A server for `app`; `settings` go to uvicorn."""
+    """A server for `app`; `settings` go to uvicorn.
+
+    Raises:
+        UsageError: A certificate or key cannot be used.
+    """
     config = uvicorn.Config(
         app,
         http=LimitedHttp,
@@ -83,6 +87,10 @@ def server_of(app: Any, **settings: Any) -> uvicorn.Server:
         timeout_graceful_shutdown=GRACE_S,
         **settings,
     )
+    try:
+        config.load()
+    except OSError as error:  # files that are not there, and what TLS does not accept
+        raise UsageError(f"the certificate or its key cannot be used: {error.strerror or error}") from error
     return QuietServer(config)
 
 
@@ -98,6 +106,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(2048)
     except OSError as error:
         listening.close()
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -85,7 +85,9 @@ async def _serve(
     for url in urls:
         announce(f"serving {url}")
     serving = asyncio.create_task(server.serve([listening]))
-    await asked.wait()
+    waiting = asyncio.create_task(asked.wait())
+    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
     server.should_exit = True
     await serving
     return signals[0]
