@@ -80,6 +80,7 @@ function recall() {
 let sending = null;
 function send() {
   sending ??= (async () => {
+    await null; // an async function that never waits is over before its promise is kept
     try {
       for (const vote of waiting()) await sendOne(vote);
     } finally {
@@ -243,7 +244,6 @@ function show(pair) {
   pair.shown ||= Date.now();
   blindUntil = Date.now() + BLIND_MS;
   stopResting();
-  $("instruction").textContent = "";
   showText($("instruction"), pair.instruction);
   showText($("prompt"), pair.prompt);
   $("context").replaceChildren();
@@ -282,6 +282,9 @@ function fit() {
   const promptCut = $("prompt").scrollHeight > $("prompt").clientHeight + 8;
   $("prompt-more").hidden = !promptCut;
   $("prompt").classList.toggle("short", promptCut && $("prompt-more").getAttribute("aria-expanded") !== "true");
+  const [top, bottom] = [$("instruction").parentElement.offsetHeight, $("answers").offsetHeight];
+  document.body.classList.toggle("packed", bottom > 0.45 * window.innerHeight);
+  document.body.classList.toggle("cramped", top + bottom > 0.75 * window.innerHeight);
   const scrolls = promptCut && !$("prompt").classList.contains("short");
   if (scrolls) $("prompt").tabIndex = 0; else $("prompt").removeAttribute("tabindex");
 }
@@ -335,8 +338,7 @@ function render() {
   const undoable = last !== null && Date.now() - last.at <= UNDO_MS;
   buttons.undo.disabled = !undoable;
   for (const what of ["left", "right", "tie", "both_bad", "skip"]) buttons[what].disabled = !current;
-  const items = openItems === null ? "" : `, ${openItems} ${openItems === 1 ? "prompt" : "prompts"} open`;
-  $("progress").textContent = me && openItems !== null ? `${today} ${today === 1 ? "vote" : "votes"} today${items}` : "";
+  if (me && openItems !== null) $("progress").textContent = `${today} today, ${openItems} open`;
 }
 
 // ---- What may happen to the page
