@@ -54,7 +54,11 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     for name, gate in (result.get("gates") or {}).items():
         verdict = "passed" if gate["passed"] else "FAILED"
-        value = f"{verdict}: {gate['value']} against {gate['limit']}"
+        value = f"{verdict}: {_short(gate['value'])} against {_short(gate['limit'])}"
         rows.append((f"gate {one_line(name)}", value, "green" if gate["passed"] else "bold red"))
     rows.append(("report", say("{}", "report"), ""))
     return [(label, one_line(value.strip()), style) for label, value, style in rows if value.strip()]
+
+
+def _short(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -136,6 +136,10 @@ def _tiles(record: Record) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _gates(results: dict[str, Any]) -> str:
     gates = results.get("gates")
     if not isinstance(gates, dict) or not gates:
@@ -143,7 +147,7 @@ def _gates(results: dict[str, Any]) -> str:
     chips = []
     for name, gate in gates.items():
         css, word = ("up", "passed") if gate.get("passed") else ("down", "failed")
-        against = f"{esc(gate.get('value'))} against {esc(gate.get('limit'))}"
+        against = " against ".join(esc(_short(gate.get(key))) for key in ("value", "limit"))
         chips.append(f'<span class="chip {css}">gate {esc(name)} {word}: {against}</span>')
     return f'<p style="margin-top:14px">{"".join(chips)}</p>'
 
