@@ -136,10 +136,6 @@ def _tiles(record: Record) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _gates(results: dict[str, Any]) -> str:
     gates = results.get("gates")
     if not isinstance(gates, dict) or not gates:
@@ -230,5 +226,5 @@ def _provenance(record: Record) -> str:
     return section("Where this came from", "Enough to do it again.", f'<div class="card">{"".join(body)}</div>')
 
 
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.5g}"
+def _short(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
