@@ -83,7 +83,8 @@ class Site:
         page.goto(f"{self.flow.url}/join/{self.store.tokens.add_link(person)}")
         page.get_by_role("button", name="Start").click()
         page.wait_for_selector(ready)
-        page.wait_for_timeout(BLIND_MS)
+        if ready == READY:
+            page.wait_for_timeout(BLIND_MS)
         return page
 
     def watch(self, page: Page) -> None:

@@ -45,7 +45,9 @@ PAYLOADS = [
     "%3Cscript%3Ealert(1)%3C/script%3E \\u003cscript\\u003e",
 ]
 ALL = "\n".join(PAYLOADS)
-FOREIGN = "script, img, svg, iframe, link, style, meta, base, form, a, video, object, embed, math, details, input, button"
+FOREIGN = (
+    "script, img, svg, iframe, link, style, meta, base, form, a, video, object, embed, math, details, input, button"
+)
 
 
 def count(page: Page, where: str, what: str = FOREIGN) -> int:
@@ -74,7 +76,9 @@ def test_hostile_markdown_keeps_its_structure_and_nothing_else(site: Site) -> No
     page = site.open(site.rater())
     assert page.locator("#left strong").first.inner_text() == "bold"
     assert page.locator("#left li").count() >= 1
-    tags = page.evaluate("[...document.querySelectorAll('#left *')].map((e) => [e.tagName.toLowerCase(), e.attributes.length])")
+    tags = page.evaluate(
+        "[...document.querySelectorAll('#left *')].map((e) => [e.tagName.toLowerCase(), e.attributes.length])"
+    )
     assert {tag for tag, _ in tags} <= TAGS
     assert {attributes for _, attributes in tags} == {0}
     assert site.dialogs == []
@@ -168,11 +172,21 @@ def test_hostile_prompts_answers_and_names_are_text_on_the_owners_page(site: Sit
 def test_a_picture_comes_from_our_own_store_or_not_at_all(site: Site) -> None:
     site.item(["one", "two"])
     page = site.open(site.rater())
-    paths = [f"{ELSEWHERE}/a.png", "//elsewhere.invalid/a.png", "/media/../session", "javascript:alert(1)", "/media/" + "g" * 64]
+    paths = [
+        f"{ELSEWHERE}/a.png",
+        "//elsewhere.invalid/a.png",
+        "/media/../session",
+        "javascript:alert(1)",
+        "/media/" + "g" * 64,
+    ]
     tags = page.evaluate(
         """async (paths) => {
           const { showImage } = await import("/pages/text.js");
-          return paths.map((path) => { const e = document.createElement("div"); showImage(e, path, "x"); return e.children.length; });
+          return paths.map((path) => {
+            const holder = document.createElement("div");
+            showImage(holder, path, "x");
+            return holder.children.length;
+          });
         }""",
         paths,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from browser_world import BLIND_MS, READY, Site
 from playwright.sync_api import Page, expect
 
-from browser_world import BLIND_MS, READY, Site
 from rlhf_cli.server import gold
 
 Until = Callable[[Page, Callable[[], object]], None]
@@ -256,7 +256,12 @@ def test_show_more_unfolds_both_sides_at_once(site: Site) -> None:
     page.get_by_role("button", name="Show more of both").click()
     assert page.get_by_role("button", name="Show less of both").get_attribute("aria-expanded") == "true"
     for side in ("#left", "#right"):
-        assert page.evaluate("(s) => { const e = document.querySelector(s); return e.scrollHeight - e.clientHeight; }", side) <= 1
+        assert (
+            page.evaluate(
+                "(s) => { const e = document.querySelector(s); return e.scrollHeight - e.clientHeight; }", side
+            )
+            <= 1
+        )
 
 
 def test_large_text_in_a_narrow_window_stays_usable(site: Site, until: Until) -> None:
@@ -297,16 +302,22 @@ def test_every_text_has_contrast_enough(site: Site, scheme: str) -> None:
 
 
 CONTRAST = """() => {
-  const parse = (c) => { const n = c.match(/[\\d.]+/g).map(Number); return n.length === 3 ? [...n, 1] : n; };
-  const light = ([r, g, b]) => [r, g, b].map((v) => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; })
-    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
+  const parse = (colour) => { const n = colour.match(/[\\d.]+/g).map(Number); return n.length === 3 ? [...n, 1] : n; };
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour[3] > 0) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
   const low = [];
   for (const e of document.querySelectorAll("body *")) {
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
     if (!own || !e.checkVisibility() || e.closest(":disabled")) continue;
     const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
-    const ratio = (a + .05) / (b + .05);
+    const ratio = (a + 0.05) / (b + 0.05);
     if (ratio < 4.5) low.push(`${e.tagName} ${e.textContent.trim().slice(0, 20)} ${ratio.toFixed(2)}`);
   }
   return low;
