@@ -36,7 +36,7 @@ from pathlib import Path
 
 import httpx
 import uvloop
-from machine import machine, write
+from machine import write
 
 from rlhf_cli.flow.base import Responses
 from rlhf_cli.server.store import Store
@@ -216,7 +216,7 @@ def main() -> None:
         table[name] = row | {"of_bare": statistics.median(ratios)}
         print(f"{name:16}", "  ".join(f"{key} {value:9.2f}" for key, value in table[name].items()))
     if args.json:
-        write(args.json, {"machine": machine(), "clients": CLIENTS, "votes": args.votes, "rows": table})
+        write(args.json, {"clients": CLIENTS, "votes": args.votes, "rows": table, "rounds": rows})
 
 
 if __name__ == "__main__":

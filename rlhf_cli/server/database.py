@@ -106,9 +106,6 @@ MIGRATIONS = (
 
 BUSY_S = 3.0
 
-_OUTER = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
-_INNER = ("SAVEPOINT part", "RELEASE part", ("ROLLBACK TO part", "RELEASE part"))
-
 
 class Database:
     """The open file; usable from any thread, one transaction at a time.
@@ -119,7 +116,6 @@ class Database:
 
     def __init__(self, path: Path | str) -> None:
         self._lock = threading.RLock()
-        self._depth = 0
         # Waiting for another process blocks everybody else too, so it is kept short and answered with 503.
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         self._connection.row_factory = sqlite3.Row
@@ -139,19 +135,29 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, durable once the outermost block is left. A block inside another one is part of it."""
         with self._lock:
-            begin, commit, rollback = _OUTER if self._depth == 0 else _INNER
-            self._connection.execute(begin)
-            self._depth += 1
-            try:
+            if self._connection.in_transaction:
                 yield self._connection
-                self._connection.execute(commit)
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk may have ended it already
-                    for statement in rollback:
-                        self._connection.execute(statement)
-                raise
-            finally:
-                self._depth -= 1
+            else:
+                with self._bounded("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"):
+                    yield self._connection
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Inside a transaction: if the block fails, nothing of it stays, and the transaction may go on."""
+        with self._bounded("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part"):
+            yield
+
+    @contextmanager
+    def _bounded(self, begin: str, commit: str, *rollback: str) -> Iterator[None]:
+        self._connection.execute(begin)
+        try:
+            yield
+            self._connection.execute(commit)
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk may have ended it already
+                for statement in rollback:
+                    self._connection.execute(statement)
+            raise
 
     @property
     def lost(self) -> bool:

@@ -105,7 +105,7 @@ def parse(content: bytes) -> Any:
     try:
         if _depth(content) > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH}")
-        return json.loads(content, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+        return _DECODER.decode(content.decode())
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not JSON: {error}") from None
 
@@ -212,3 +212,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a member appears twice")
     return members
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_repeats)

@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -350,7 +350,7 @@ class Store:
             lease = _row(db, "leases", lease_id)
             if lease["rater_id"] != rater_id:
                 raise Problem(403, "this pair was handed to somebody else")
-            if lease["state"] in ("counted", "skipped") or _answered(db, lease_id):
+            if lease["state"] != "live" and _answered(db, lease_id):
                 raise Problem(409, "this pair was already answered")
             in_time, item_id = bool(lease["state"] == "live"), lease["item_id"]
             db.execute(
@@ -397,6 +397,10 @@ class Store:
     def prior_sd(self, item: ItemRecord) -> float:
         """Prior width in logits under which an item is ranked."""
         return TAU
+
+    def part(self) -> AbstractContextManager[None]:
+        """Inside `now`: if the block fails, nothing of it stays, and the transaction may go on."""
+        return self._database.part()
 
     def _advance(self, db: sqlite3.Connection) -> float:
         now = self._clock()

@@ -37,7 +37,8 @@ class Together:
             with self._database.transaction():
                 for work, _ in batch:
                     try:
-                        outcomes.append((work(), None))
+                        with self._database.part():
+                            outcomes.append((work(), None))
                     except Exception as error:
                         if self._database.lost:
                             raise

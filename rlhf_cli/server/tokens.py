@@ -52,8 +52,8 @@ class Tokens:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database = database
         self._clock = clock
-        self._known: dict[tuple[bytes, str], tuple[Token, float]] = {}
-        """Valid tokens by hash and kind, and when they end; forgotten whenever any token changes."""
+        self._known: dict[tuple[bytes, tuple[str, ...]], tuple[Token, float]] = {}
+        """Valid tokens by hash and what they are good for, and when they end; forgotten whenever any token changes."""
         self._seen_version = -1
 
     def add(
@@ -123,7 +123,7 @@ class Tokens:
 
     def authenticate(self, secret: str) -> Token | None:
         """Whose bearer token this is; None when it is unknown, expired or revoked."""
-        return self._authenticate(secret, "secret") or self._authenticate(secret, "access")
+        return self._authenticate(secret, "secret", "access")
 
     def revoke(self, token_id: str) -> bool:
         """From now on neither the token nor anything issued to it works. False when there is no such token."""
@@ -141,16 +141,16 @@ class Tokens:
             rows = db.execute("SELECT * FROM tokens WHERE parent IS NULL ORDER BY created_at, rowid").fetchall()
         return [_token(row) for row in rows]
 
-    def _authenticate(self, secret: str, kind: str) -> Token | None:
+    def _authenticate(self, secret: str, *kinds: str) -> Token | None:
         version, now = self._database.changes_elsewhere(), self._clock()
         if version != self._seen_version:  # another process may have revoked something
             self._known.clear()
             self._seen_version = version
-        key = (_hash(secret), kind)
+        key = _hash(secret), kinds
         known = self._known.get(key)
         if known is None:
             with self._database.transaction() as db:  # remembered before anybody can revoke it
-                known = self._find(db, secret, kind)
+                known = self._find(db, secret, *kinds)
                 if known is None:
                     return None
                 if len(self._known) >= _REMEMBERED:
@@ -159,13 +159,13 @@ class Tokens:
         token, ends_at = known
         return token if now < ends_at else None
 
-    def _find(self, db: sqlite3.Connection, secret: str, kind: str) -> tuple[Token, float] | None:
+    def _find(self, db: sqlite3.Connection, secret: str, *kinds: str) -> tuple[Token, float] | None:
         """The valid token with this secret and when it ends; for links and sessions the person's own token."""
-        row = db.execute("SELECT * FROM tokens WHERE hash = ? AND kind = ?", (_hash(secret), kind)).fetchone()
-        if row is None:
+        row = db.execute("SELECT * FROM tokens WHERE hash = ?", (_hash(secret),)).fetchone()
+        if row is None or row["kind"] not in kinds:
             return None
         found = [_token(row)]
-        if kind in ("link", "session"):
+        if row["kind"] in ("link", "session"):
             found.append(_token(db.execute("SELECT * FROM tokens WHERE id = ?", (row["parent"],)).fetchone()))
         ends_at = min(math.inf if token.expires_at is None else token.expires_at for token in found)
         return (found[-1], ends_at) if all(_valid(token, self._clock()) for token in found) else None
