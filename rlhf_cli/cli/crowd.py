@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +52,8 @@ def crowd(
     if not secret:
         raise CredentialsError(f"give an owner's secret with --token, or in {TOKEN_ENV}; `rlhf tokens add` makes one.")
     likes = find_taste(taste)
+
+    import asyncio
 
     import httpx
 

@@ -29,9 +29,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values never change, and a docstring below a key documents it."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 def problem(text: str, *keys: str) -> PydanticCustomError:
