@@ -16,13 +16,13 @@ from typing import Any
 
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.flow.wire import MAX_CANDIDATES, MIN_CANDIDATES, Outcome
-from rlhf_cli.ranking.bradley_terry import TAU
 from rlhf_cli.ranking.pairs import Goal, Pair, choose_pair
 from rlhf_cli.ranking.stopping import judge_best
 from rlhf_cli.server import items
 from rlhf_cli.server.database import Database
 from rlhf_cli.server.filters import EVERYTHING, Filter
 from rlhf_cli.server.media import MediaFolder
+from rlhf_cli.server.priors import Priors
 from rlhf_cli.server.problems import Problem
 from rlhf_cli.server.records import (
     Candidate,
@@ -79,6 +79,7 @@ class Store:
         self._rng = rng or random.SystemRandom()
         self.lease_s = lease_s
         self._images = MediaFolder(None if str(path) == ":memory:" else Path(path).parent / "media")
+        self._priors = Priors()
         self.tokens = Tokens(self._database, clock)
         self.together = Together(self._database)
 
@@ -395,8 +396,9 @@ class Store:
             return flow_of(_row(db, "flows", flow_id)).settings
 
     def prior_sd(self, item: ItemRecord) -> float:
-        """Prior width in logits under which an item is ranked."""
-        return TAU
+        """Prior width in logits under which an item is ranked, learned from the flow's items that ended before it."""
+        with self._database.transaction() as db:
+            return self._priors.sd(db, item)
 
     def part(self) -> AbstractContextManager[None]:
         """Inside `now`: if the block fails, nothing of it stays, and the transaction may go on."""

@@ -208,6 +208,28 @@ async def test_the_ranking_can_be_read_while_votes_come_in(http: httpx.AsyncClie
     assert partial.json()["totalVotes"] == 4
 
 
+async def test_intervals_learn_their_width_from_earlier_items_and_do_not_change_afterwards(
+    http: httpx.AsyncClient, world: World, clock: Clock
+) -> None:
+    flow_id = world.store.create_flow("f", "Which?", Responses(1, 20, 20))
+
+    async def ask() -> float:
+        return float((await http.get(f"/flow/ranking/item/{first}/ranking")).json()["priorSd"])
+
+    def one_more() -> str:
+        clock.advance(1)
+        item_id = world.store.create_item(flow_id, two_texts(world), "", 60)
+        world.vote(20)  # all say the same, so these two are far apart
+        return item_id
+
+    first = one_more()
+    assert await ask() == 1.5
+    last = [one_more() for _ in range(17)][-1]
+    assert await ask() == 1.5
+    later = (await http.get(f"/flow/ranking/item/{last}/ranking")).json()["priorSd"]
+    assert later > 1.5
+
+
 async def test_raw_votes_have_pseudonyms_and_say_what_does_not_count(
     http: httpx.AsyncClient, world: World, clock: Clock
 ) -> None:
