@@ -44,7 +44,7 @@ def lease(store: Store, rater_id: str, rng: random.Random) -> Shown | None:
     with store.now() as (db, now):
         flow: sqlite3.Row | None = None
         try:
-            with store.now():
+            with store.part():
                 pair = store.lease(rater_id)
                 if pair is None:
                     return None
