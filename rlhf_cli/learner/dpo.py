@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from rlhf_cli.errors import Diverged
 from rlhf_cli.learner.groups import by_group, stack_wins
 from rlhf_cli.learner.losses import best_worst, vote_agreement, vote_margin, win_matrix_nll
+from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.policy.generate import completion_logps, pack
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
@@ -54,28 +55,20 @@ class GroupDPOTrainer(DPOTrainer):
         self.learner = online.learner
         self.step_metrics: dict[str, float] = {}
         config = DPOConfig(
-            output_dir=str(output_dir),
+            **trainer_settings(recipe, output_dir),
             max_steps=online.steps,
             per_device_train_batch_size=online.prompts_per_step,
             gradient_accumulation_steps=1,
-            gradient_checkpointing=False,
             beta=online.learner.beta,
             learning_rate=online.learner.learning_rate,
             lr_scheduler_type="constant",
             max_grad_norm=online.learner.max_grad_norm,
             weight_decay=online.learner.weight_decay,
-            seed=recipe.seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,  # precision is the policy's own autocast, the same for sampling and for training
             save_strategy="steps",
             save_steps=online.checkpoint_every,
-            logging_steps=1,
-            report_to=list(recipe.logging.report_to),
             ignore_data_skip=True,  # skipping would draw, and so burn, groups that people have voted on
             remove_unused_columns=False,
             dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
         )
         # TRL insists on a dataset; this row only satisfies its constructor, the data come from `batches`.
         placeholder = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])

@@ -17,6 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_cli.errors import Diverged
 from rlhf_cli.learner.groups import by_group, stack_wins
 from rlhf_cli.learner.losses import vote_agreement, win_matrix_nll
+from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.learner.sft import OnStep, StepCallback, save_merged
 from rlhf_cli.policy.load import load_tokenizer, lora_config, train_only_last_layers
 from rlhf_cli.policy.scoring import encode_answer, load_reward_model, pad_right
@@ -117,22 +118,14 @@ def train_reward_model(
         peft_config=lora_config(recipe.model, "SEQ_CLS"),
         callbacks=[StepCallback(on_step)],
         args=RewardConfig(
-            output_dir=str(scratch / "trainer"),
+            **trainer_settings(recipe, scratch / "trainer"),
             num_train_epochs=section.epochs,
             max_steps=section.max_steps or -1,
             per_device_train_batch_size=section.batch_size,
             learning_rate=section.learning_rate,
             lr_scheduler_type="cosine",
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            seed=recipe.seed,
             save_strategy="no",
-            logging_steps=1,
-            report_to=list(recipe.logging.report_to),
             remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
         ),
     )
     result = {"loss": trainer.train().training_loss, "accuracy": trainer.accuracy(groups)}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.policy.load import load_model, load_tokenizer, lora_config, train_only_last_layers
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Message
@@ -48,7 +48,7 @@ def train_sft(
     section = recipe.sft
     assert section is not None
     config = SFTConfig(
-        output_dir=str(scratch / "trainer"),
+        **trainer_settings(recipe, scratch / "trainer"),
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
         per_device_train_batch_size=section.batch_size,
@@ -58,15 +58,7 @@ def train_sft(
         warmup_steps=section.warmup_ratio,
         weight_decay=section.weight_decay,
         max_length=section.max_length,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        seed=recipe.seed,
         save_strategy="no",
-        logging_steps=1,
-        report_to=list(recipe.logging.report_to),
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
         dataset_num_proc=None,
     )
     model = load_model(path)

@@ -416,7 +416,7 @@ class Compute(Section):
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products while training; weights stay fp32. `auto` is bf16 where the hardware has it."""
+    """Of matrix products in `run_online` and `eval`; `auto` is bf16 where the hardware has it. `sft`, `train_rm` are fp32."""
     generator: Annotated[
         Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
