@@ -416,7 +416,7 @@ class Compute(Section):
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in `run_online` and `eval`, the other stages are fp32; `auto` is bf16 where hardware has it."""
+    """Of matrix products in `run_online` and `eval`, the others are fp32; `auto` is bf16 where the hardware has it."""
     generator: Annotated[
         Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
