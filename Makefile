@@ -20,11 +20,13 @@ install: $(VENV)/.dev
 check: install lint types imports
 	$(BIN)/pytest -q tests/unit -m "not slow"
 
+# The browser is driven through an event loop of its own, which other tests must not meet: it gets a process to itself.
 test: install lint types imports
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -q tests/browser
+	$(BIN)/pytest -m "not slow" --ignore=tests/browser
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --ignore=tests/browser
 
 lint:
 	$(BIN)/ruff format --check .
