@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from browser_world import Site
+from browser_world import BLIND_MS, Site
 from playwright.sync_api import Page, expect
 
 from rlhf_cli.server.markdown import TAGS, render
@@ -63,6 +63,7 @@ def test_hostile_prompts_and_answers_are_text_on_the_voting_page(site: Site, unt
     assert [count(page, where) for where in ("#prompt", "#left", "#right")] == [0, 0, 0]
     assert page.locator("head script").count() == 1
     expect(page.get_by_role("button", name="Answer 1")).to_be_visible()
+    page.wait_for_timeout(BLIND_MS)
     page.keyboard.press("1")
     until(page, site.votes)
     assert site.dialogs == []

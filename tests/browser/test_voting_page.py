@@ -21,8 +21,19 @@ def page(site: Site) -> Page:
 
 
 def press(page: Page, key: str) -> None:
-    page.keyboard.press(key)
+    """As a person does, who has looked at the pair first."""
     page.wait_for_timeout(BLIND_MS)
+    page.keyboard.press(key)
+
+
+def click(page: Page, name: str) -> None:
+    page.wait_for_timeout(BLIND_MS)
+    page.get_by_role("button", name=name).click()
+
+
+def preloaded(page: Page) -> None:
+    """Wait until the next pair is there too."""
+    page.wait_for_function("JSON.parse(sessionStorage['rlhf.pairs'] ?? '{}').pairs?.length === 2")
 
 
 def test_every_key_gives_its_answer(site: Site, page: Page, until: Until) -> None:
@@ -35,7 +46,7 @@ def test_every_key_gives_its_answer(site: Site, page: Page, until: Until) -> Non
 
 def test_what_is_voted_for_is_what_was_shown(site: Site, page: Page, until: Until) -> None:
     shown = [page.inner_text("#left"), page.inner_text("#right")]
-    page.get_by_role("button", name="Answer 2").click()
+    click(page, "Answer 2")
     until(page, site.votes)
     (vote,) = site.votes()
     assert [TEXTS[vote.left], TEXTS[vote.right]] == shown
@@ -48,13 +59,14 @@ def test_every_button_gives_its_answer_on_a_phone(site: Site, until: Until) -> N
     site.item(TEXTS)
     page = site.open(site.rater(), 360, 740, has_touch=True, is_mobile=True)
     for name in ("Answer 1", "Answer 2", "Equal", "Both bad", "Skip"):
-        page.get_by_role("button", name=name).tap()
         page.wait_for_timeout(BLIND_MS)
+        page.get_by_role("button", name=name).tap()
     until(page, lambda: len(site.votes()) == 5)
     assert site.outcomes() == ["left", "right", "tie", "both_bad", "skip"]
 
 
 def test_a_double_click_counts_once(site: Site, page: Page, until: Until) -> None:
+    page.wait_for_timeout(BLIND_MS)
     page.get_by_role("button", name="Answer 1").dblclick()
     until(page, site.votes)
     page.wait_for_timeout(BLIND_MS)
@@ -62,7 +74,8 @@ def test_a_double_click_counts_once(site: Site, page: Page, until: Until) -> Non
 
 
 def test_keys_pressed_right_after_a_pair_appears_are_ignored(site: Site, page: Page, until: Until) -> None:
-    for _ in range(5):
+    press(page, "1")
+    for _ in range(4):
         page.keyboard.press("1")
     until(page, site.votes)
     page.wait_for_timeout(100)
@@ -70,9 +83,10 @@ def test_keys_pressed_right_after_a_pair_appears_are_ignored(site: Site, page: P
 
 
 def test_the_next_pair_is_there_before_it_is_asked_for(site: Site, page: Page, until: Until) -> None:
+    preloaded(page)
     before = page.inner_text("#pair")
     page.context.set_offline(True)
-    page.keyboard.press("1")
+    press(page, "1")
     assert page.inner_text("#pair") != before
 
 
@@ -101,7 +115,6 @@ def test_a_reload_in_mid_vote_shows_the_same_pair(site: Site, page: Page, until:
     page.reload()
     page.wait_for_selector(READY)
     assert page.inner_text("#pair") == before
-    page.wait_for_timeout(BLIND_MS)
     press(page, "1")
     until(page, site.votes)
     assert [vote.late for vote in site.votes()] == [False]
@@ -137,6 +150,7 @@ def test_a_vote_whose_acknowledgement_was_lost_counts_once(site: Site, page: Pag
 
 
 def test_votes_wait_while_offline_and_are_sent_when_back(site: Site, page: Page, until: Until) -> None:
+    preloaded(page)
     page.context.set_offline(True)
     press(page, "1")
     press(page, "2")
@@ -148,6 +162,7 @@ def test_votes_wait_while_offline_and_are_sent_when_back(site: Site, page: Page,
 
 
 def test_a_vote_that_still_waits_is_undone_without_a_trace(site: Site, page: Page, until: Until) -> None:
+    preloaded(page)
     before = page.inner_text("#pair")
     page.context.set_offline(True)
     press(page, "1")
@@ -167,7 +182,6 @@ def test_a_page_that_comes_back_after_its_time_says_so_and_fetches_another_pair(
     site.store.lease_s = 60.0
     expect(page.locator("#status")).to_contain_text("went back after its time")
     assert page.inner_text("#pair") != before
-    page.wait_for_timeout(BLIND_MS)
     press(page, "1")
     until(page, site.votes)
     assert [vote.late for vote in site.votes()] == [False]
@@ -189,8 +203,7 @@ def test_the_newest_of_two_tabs_goes_on_and_the_other_one_says_so(site: Site, pa
     other.goto(f"{site.flow.url}/vote")
     other.wait_for_selector(READY)
     expect(page.get_by_role("heading", name="Voting goes on in another tab")).to_be_visible()
-    page.keyboard.press("1")
-    other.wait_for_timeout(BLIND_MS)
+    press(page, "1")
     press(other, "2")
     until(other, site.votes)
     assert site.outcomes() == ["right"]
@@ -270,7 +283,7 @@ def test_large_text_in_a_narrow_window_stays_usable(site: Site, until: Until) ->
     page.evaluate("document.documentElement.style.fontSize = '200%'")
     page.evaluate("window.dispatchEvent(new Event('resize'))")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.get_by_role("button", name="Answer 2").click()
+    click(page, "Answer 2")
     until(page, site.votes)
 
 
