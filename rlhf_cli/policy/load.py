@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,8 +136,3 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     configured = model.generation_config.eos_token_id
     extra = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *extra] if i is not None})
-
-
-def is_model_folder(path: Path) -> bool:
-    """Whether a stage left a complete model there."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
