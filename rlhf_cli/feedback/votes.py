@@ -97,7 +97,7 @@ class VotesFeedback:
     def resume(self, open_groups: Iterable[GroupState]) -> None:
         """Go on with groups that an earlier process was asking about, from what the journal knows of each."""
         for state in open_groups:
-            known = Known(state.key, state.dataset_id, state.item_id, state.submitted_at)
+            known = Known(state.ask.key, state.ask.dataset_id, state.ask.item_id, state.ask.submitted_at)
             self._begin(state.sampled.group(), known)
 
     def collect(self) -> list[RankedGroup | Unranked]:

@@ -154,6 +154,61 @@ class GroupRanked(_Event):
         return WinMatrix(self.wins)
 
 
+class ItemEnded(_Event):
+    """The first terminal snapshot of an item that does not decide its group alone; the group may be asked again."""
+
+    type: Literal["item_ended"] = "item_ended"
+    group_id: str
+    item_id: str
+    state: str
+    votes: float
+    """Paid for; all that is known where the service does not show which they were."""
+    wins: tuple[tuple[float, ...], ...] | None = None
+
+
+class ItemDoubled(_Event):
+    """A service made two items of one dataset: their votes are pooled, all but the oldest are stopped."""
+
+    type: Literal["item_doubled"] = "item_doubled"
+    group_id: str
+    dataset_id: str
+    item_ids: tuple[str, ...]
+    """Oldest first."""
+
+
+class ItemStopped(_Event):
+    """We ended an item before its time."""
+
+    type: Literal["item_stopped"] = "item_stopped"
+    group_id: str
+    item_id: str
+    reason: str
+
+
+class VotesLate(_Event):
+    """Votes that came after their group was decided: paid for and kept, never trained on."""
+
+    type: Literal["votes_late"] = "votes_late"
+    group_id: str
+    item_id: str
+    wins: tuple[tuple[float, ...], ...]
+    """Without those known before."""
+
+    def matrix(self) -> WinMatrix:
+        return WinMatrix(self.wins)
+
+
+class SnapshotContradicted(_Event):
+    """A service took back what it had said about an ended item. The first snapshot stays the one that counts."""
+
+    type: Literal["snapshot_contradicted"] = "snapshot_contradicted"
+    group_id: str
+    item_id: str
+    state: str
+    wins: tuple[tuple[float, ...], ...] | None = None
+    """What it says now."""
+
+
 class GroupSetAside(_Event):
     """The group will not be trained on."""
 
@@ -196,6 +251,11 @@ Event = Annotated[
     | DatasetCreated
     | GroupSubmitted
     | GroupRanked
+    | ItemEnded
+    | ItemDoubled
+    | ItemStopped
+    | VotesLate
+    | SnapshotContradicted
     | GroupSetAside
     | StepTrained
     | CheckpointSaved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rlhf_cli.errors import RunDamaged
 from rlhf_cli.journal.events import (
@@ -16,11 +17,16 @@ from rlhf_cli.journal.events import (
     GroupSampled,
     GroupSetAside,
     GroupSubmitted,
+    ItemDoubled,
+    ItemEnded,
+    ItemStopped,
     RunStarted,
     RunStopped,
+    SnapshotContradicted,
     StageFinished,
     StageStarted,
     StepTrained,
+    VotesLate,
 )
 from rlhf_cli.journal.journal import Entry
 
@@ -35,23 +41,47 @@ class StageDone:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupState:
-    """The life of one group so far; what has not happened yet is None."""
+class Ask:
+    """One time that people are asked about a group; what has not happened yet is None."""
 
-    sampled: GroupSampled
     key: str | None = None
     intended_at: float | None = None
     """Unix time of the intent: an item that a crash left unrecorded was created after it."""
     dataset_id: str | None = None
     item_id: str | None = None
     submitted_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """The life of one group so far; what has not happened yet is None."""
+
+    sampled: GroupSampled
+    asks: tuple[Ask, ...] = ()
+    """More than one where too few votes came the first time and the recipe asks again."""
+    doubles: tuple[ItemDoubled, ...] = ()
+    ended: tuple[ItemEnded, ...] = ()
+    stopped: frozenset[str] = frozenset()
+    """Items that we ended."""
+    late: tuple[VotesLate, ...] = ()
     ranked: GroupRanked | None = None
     """The first terminal snapshot; later ones never replace it."""
     ranked_seq: int = -1
     """Place of that snapshot in the journal: steps take groups in this order."""
     set_aside: str | None = None
+    decided_at: float | None = None
+    """Unix time at which it was ranked or set aside."""
     step: int | None = None
     """The step that trained on it."""
+
+    @property
+    def ask(self) -> Ask:
+        """The latest one; empty where nobody was asked yet."""
+        return self.asks[-1] if self.asks else Ask()
+
+    @property
+    def item_id(self) -> str | None:
+        return self.ask.item_id
 
     @property
     def open(self) -> bool:
@@ -150,7 +180,17 @@ def _after(state: RunState, entry: Entry) -> RunState:
 def _group(
     state: RunState,
     entry: Entry,
-    event: GroupSampled | GroupIntended | DatasetCreated | GroupSubmitted | GroupRanked | GroupSetAside,
+    event: GroupSampled
+    | GroupIntended
+    | DatasetCreated
+    | GroupSubmitted
+    | GroupRanked
+    | GroupSetAside
+    | ItemEnded
+    | ItemDoubled
+    | ItemStopped
+    | VotesLate
+    | SnapshotContradicted,
 ) -> RunState:
     # The dicts below belong to this fold alone, so they are updated in place: replaying stays linear in the journal.
     if isinstance(event, GroupSampled):
@@ -161,23 +201,40 @@ def _group(
     group = state.groups.get(event.group_id)
     if group is None:
         raise _damaged(entry, f"{event.type} of group {event.group_id}, which was never sampled")
+    paid = 0.0
     match event:
         case GroupIntended():
-            group = replace(group, key=event.key, intended_at=entry.at)
+            group = replace(group, asks=(*group.asks, Ask(key=event.key, intended_at=entry.at)))
         case DatasetCreated():
-            group = replace(group, dataset_id=event.dataset_id)
+            group = _asked(group, dataset_id=event.dataset_id)
         case GroupSubmitted():
-            group = replace(group, dataset_id=event.dataset_id, item_id=event.item_id, submitted_at=entry.at)
+            group = _asked(group, dataset_id=event.dataset_id, item_id=event.item_id, submitted_at=entry.at)
+        case ItemEnded():
+            paid = event.votes
+            group = replace(group, ended=(*group.ended, event))
+        case ItemDoubled():
+            group = replace(group, doubles=(*group.doubles, event))
+        case ItemStopped():
+            group = replace(group, stopped=group.stopped | {event.item_id})
+        case VotesLate():
+            unseen = sum(e.votes for e in group.ended if e.item_id == event.item_id and e.wins is None)
+            paid = max(0.0, event.matrix().votes - unseen)
+            group = replace(group, late=(*group.late, event))
         case GroupSetAside():
             if group.step is not None:
                 raise _damaged(entry, f"group {event.group_id} is set aside after it trained in step {group.step}")
-            group = replace(group, set_aside=event.reason)
+            group = replace(group, set_aside=event.reason, decided_at=entry.at)
         case GroupRanked() if group.ranked is None:
-            group = replace(group, ranked=event, ranked_seq=entry.seq)
-            votes = event.matrix().votes if event.source.startswith("item:") else 0.0
-            state = replace(state, votes_total=state.votes_total + votes)
+            group = replace(group, ranked=event, ranked_seq=entry.seq, decided_at=entry.at)
+            if event.source.startswith("item:"):
+                paid = event.matrix().votes - sum(e.votes for e in group.ended if e.wins is not None)
+    state = replace(state, votes_total=state.votes_total + paid)
     state.groups[event.group_id] = group
     return state
+
+
+def _asked(group: GroupState, **known: Any) -> GroupState:
+    return replace(group, asks=(*group.asks[:-1], replace(group.ask, **known)))
 
 
 def _trained(state: RunState, entry: Entry, event: StepTrained) -> RunState:

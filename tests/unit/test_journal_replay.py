@@ -15,14 +15,16 @@ from rlhf_cli.journal.events import (
     GroupSampled,
     GroupSetAside,
     GroupSubmitted,
+    ItemEnded,
     RunStarted,
     RunStopped,
     StageFinished,
     StageStarted,
     StepTrained,
+    VotesLate,
 )
 from rlhf_cli.journal.journal import Entry
-from rlhf_cli.journal.replay import RunState, replay
+from rlhf_cli.journal.replay import Ask, RunState, replay
 
 
 def run(*events: Event) -> RunState:
@@ -61,8 +63,8 @@ def test_a_group_remembers_its_whole_life() -> None:
     )
     group = state.groups["a"]
 
-    assert (group.key, group.intended_at, group.dataset_id, group.item_id) == ("key-a", 102.0, "d", "i")
-    assert (group.submitted_at, group.step, group.open, group.ready) == (104.0, 1, False, False)
+    assert group.asks == (Ask("key-a", 102.0, "d", "i", 104.0),)
+    assert (group.item_id, group.decided_at, group.step, group.open, group.ready) == ("i", 105.0, 1, False, False)
 
 
 def test_open_ready_and_next_index_are_what_a_resume_needs() -> None:
@@ -120,6 +122,41 @@ def test_only_peoples_votes_are_counted_and_the_first_snapshot_stays() -> None:
 
     assert state.votes_total == 3
     assert state.groups["a"].ranked == ranked("a")
+
+
+def test_a_group_that_is_asked_about_again_remembers_both_asks_and_counts_each_vote_once() -> None:
+    few = ((0.0, 2.0), (0.0, 0.0))
+    state = run(
+        online(),
+        sampled("a", 0),
+        GroupIntended(group_id="a", key="first"),
+        DatasetCreated(group_id="a", dataset_id="d1"),
+        GroupSubmitted(group_id="a", dataset_id="d1", item_id="i1"),
+        ItemEnded(group_id="a", item_id="i1", state="Incomplete", votes=2, wins=few),
+        GroupIntended(group_id="a", key="second"),
+        DatasetCreated(group_id="a", dataset_id="d2"),
+        GroupSubmitted(group_id="a", dataset_id="d2", item_id="i2"),
+        ranked("a", votes=7),  # of both items
+        VotesLate(group_id="a", item_id="i2", wins=((0, 0), (1, 0))),
+    )
+    group = state.groups["a"]
+
+    assert group.asks == (Ask("first", 102.0, "d1", "i1", 104.0), Ask("second", 106.0, "d2", "i2", 108.0))
+    assert state.votes_total == 8
+    assert group.ranked == ranked("a", votes=7)  # late votes are kept and change nothing
+
+
+def test_votes_that_a_service_only_counted_are_not_paid_twice_when_it_shows_them_late() -> None:
+    state = run(
+        online(),
+        sampled("a", 0),
+        ItemEnded(group_id="a", item_id="i", state="Failed", votes=5),
+        GroupSetAside(group_id="a", reason="failed"),
+        VotesLate(group_id="a", item_id="i", wins=((0, 4), (3, 0))),
+    )
+
+    assert state.votes_total == 7
+    assert not state.open_groups
 
 
 def test_a_stage_is_done_until_it_is_started_again() -> None:
