@@ -189,8 +189,9 @@ class CreateItem(Sent):
     context: str | None = None
     context_asset: Annotated[ExistingAsset | ManyAssets, Field(discriminator="t")] | None = None
     """Images to show above the pairs."""
-    time_to_live_in_seconds: FiniteFloat | None = Field(None, gt=0, le=MAX_TTL_S)
-    drain_duration_in_seconds: FiniteFloat | None = Field(None, ge=0, le=MAX_TTL_S)
+    # Whole numbers stay whole: the vendor's members are integers, and 60.0 is none to a strict parser.
+    time_to_live_in_seconds: int | FiniteFloat | None = Field(None, gt=0, le=MAX_TTL_S)
+    drain_duration_in_seconds: int | FiniteFloat | None = Field(None, ge=0, le=MAX_TTL_S)
 
     @property
     def context_names(self) -> list[str]:
