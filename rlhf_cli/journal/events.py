@@ -82,9 +82,11 @@ class GroupSampled(_Event):
     prompt_ids: tuple[int, ...]
     completions: tuple[CompletionRecord, ...]
     policy_step: int
+    batch: int | None = None
+    """Index of the first group sampled together with this one; the random numbers of all of them follow from it."""
 
     @classmethod
-    def of(cls, group: Group) -> GroupSampled:
+    def of(cls, group: Group, batch: int | None = None) -> GroupSampled:
         return cls(
             group_id=group.id,
             index=group.index,
@@ -102,6 +104,7 @@ class GroupSampled(_Event):
                 for c in group.completions
             ),
             policy_step=group.policy_step,
+            batch=batch,
         )
 
     def group(self) -> Group:
@@ -204,9 +207,9 @@ class SnapshotContradicted(_Event):
     type: Literal["snapshot_contradicted"] = "snapshot_contradicted"
     group_id: str
     item_id: str
-    state: str
+    what: str
     wins: tuple[tuple[float, ...], ...] | None = None
-    """What it says now."""
+    """What it says now, where that are votes."""
 
 
 class GroupSetAside(_Event):

@@ -150,7 +150,7 @@ class Stream:
             seed=self.recipe.seed,
         )
         for group in groups:
-            self.journal.append(GroupSampled.of(group))
+            self.journal.append(GroupSampled.of(group, batch=first))
             self.next_index += 1
             self.outstanding += 1
             self.feedback.submit(group)
