@@ -84,6 +84,7 @@ def _folder(path: Path) -> list[tuple[str, str]]:
 
 
 def _file(path: Path) -> str:
+    path = path / "journal.jsonl" if path.is_dir() else path  # a recording counts by what happened in it
     status = path.stat()
     return _digest(path, status.st_size, status.st_mtime_ns)
 

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
+_SERVICES = ("embedded", "rapidata", "replay")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -86,13 +87,13 @@ def _seconds(value: object) -> object:
 
 
 def _service(value: str) -> str:
-    if value in ("embedded", "rapidata"):
+    if value in _SERVICES:
         return value
     url = urlsplit(value)
     if url.scheme not in ("http", "https") or not url.hostname:
-        near = difflib.get_close_matches(value, ["embedded", "rapidata"], n=1)
+        near = difflib.get_close_matches(value, _SERVICES, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise problem(f"expected embedded, rapidata or an address such as https://flow.example.org{hint}")
+        raise problem(f"expected embedded, rapidata, replay or an address such as https://flow.example.org{hint}")
     if url.username or url.password:
         raise problem("an address here holds no user name or password; name an environment variable in `token_env`")
     if url.query or url.fragment:
@@ -109,7 +110,7 @@ Duration = Annotated[
 """Seconds; written as a number or as `90s`, `30m`, `2h`."""
 
 Service = Annotated[str, AfterValidator(_service)]
-"""`embedded`, `rapidata`, or the address of a flow server."""
+"""`embedded`, `rapidata`, `replay`, or the address of a flow server."""
 
 DataFile = Annotated[Path, Field(strict=False)]
 """A file that has to exist; relative to the recipe that names it."""

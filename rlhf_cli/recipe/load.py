@@ -213,6 +213,11 @@ def _settle(node: Written, path: KeyPath, found: dict[KeyPath, Problem], list_of
             complain("looks like a secret; name an environment variable that holds it, such as FLOW_TOKEN")
         elif path == ("model", "path"):
             return replace(node, value=_model_path(node.value, node.folder, complain))
+        elif path == ("flow", "recording"):
+            folder = os.path.abspath(node.folder / os.path.expanduser(node.value))
+            if not os.path.isfile(os.path.join(folder, "journal.jsonl")):
+                complain(f"is no run folder, it has no journal.jsonl: {folder}")
+            return replace(node, value=folder)
         elif field is not None and is_file(field) and path not in found:
             file = os.path.abspath(node.folder / os.path.expanduser(node.value))
             if not os.path.isfile(file):

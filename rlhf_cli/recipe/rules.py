@@ -30,7 +30,7 @@ def broken_rules(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if not absent("eval"):
         judge = section("eval").get("judge")
         flow = section("flow")
-        if judge == "crowd" and flow.get("crowd") is None and flow.get("service") != "embedded":
+        if judge == "crowd" and flow.get("crowd") is None and flow.get("service") not in ("embedded", "replay"):
             yield ("eval", "judge"), "the crowd judges only where `flow` is embedded and has a `crowd`"
         if judge == "reward_model" and absent("train_rm"):
             yield ("eval", "judge"), "a reward_model judge needs a `train_rm` section to make the model"

@@ -189,7 +189,10 @@ class Flow(Section):
     """Where people vote, and on what terms. One group of completions is one item of the flow."""
 
     service: Service
-    """`embedded` (a server inside the run, with simulated raters), `rapidata`, or the address of a flow server."""
+    """`embedded` (a server inside the run, with simulated raters), `rapidata`, the address of a flow server, or `replay`
+    (nobody is asked: votes come from the run folder in `recording`)."""
+    recording: DataFile | None = None
+    """Run folder whose votes `replay` gives again, to the same completions; only with `replay`, and needed there."""
     instruction: str = Field(min_length=1, max_length=2000)
     """The question that a rater answers about two completions."""
     responses: Responses = Field(default_factory=Responses)
@@ -201,7 +204,7 @@ class Flow(Section):
     poll_s: float = Field(1.0, gt=0, le=60)
     """Time between two looks at the service."""
     crowd: Crowd | None = None
-    """Simulated raters; only with `embedded`, and needed there."""
+    """Simulated raters; only with `embedded`, and needed there. With `replay`: who voted in the recording."""
     token_env: EnvironmentName | None = None
     """Name of the environment variable that holds the access token."""
     client_id_env: EnvironmentName | None = None
@@ -220,7 +223,11 @@ class Flow(Section):
                 "service",
                 "crowd",
             )
-        if self.service != "embedded" and self.crowd is not None:
+        if self.service == "replay" and self.recording is None:
+            raise problem("replay needs `recording`: the run folder whose votes are to be given again", "service")
+        if self.service != "replay" and self.recording is not None:
+            raise problem(f"a recording is only for replay, the service here is {self.service}", "recording", "service")
+        if self.service not in ("embedded", "replay") and self.crowd is not None:
             raise problem(
                 f"simulated raters vote only on the embedded service, this one is {self.service}", "crowd", "service"
             )
