@@ -1,6 +1,7 @@
 """A strict stand-in for the vendor's service, as docs/flow-protocol.md describes it.
 
-no idempotency keys, 200 for creations, 409 before an item has ended, a list that lags. What happened is in the ledger:
+It answers what the vendor's SDK was seen to accept, and notes every request outside of the protocol in `violations`: no
+idempotency keys, 200 for creations, 409 before an item has ended, a list that lags. What happened is in the ledger:
 `flows`, `datasets`, `items`, `votes`.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import selectors
-import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -36,14 +35,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     handed a clock: `loop.time` for deadlines, `loop.wall` for Unix time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: float = 1000.0) -> None:
         selector = _Jumping()
         selector.loop = self
         self.stands_still = False
         """True: timers wait, only what comes from other threads is done. Set it when the world has ended."""
         self.wall_offset_s = 0.0
         """Turn this for a wall clock that jumps."""
-        self._now = 1000.0
+        self._now = now
         super().__init__(selector)
 
     def time(self) -> float:
@@ -67,20 +66,3 @@ def virtual_now() -> float:
     """`time.monotonic` for code that runs inside a virtual loop and takes no clock; 0 outside of one."""
     loop = asyncio._get_running_loop()
     return loop.time() if isinstance(loop, VirtualLoop) else 0.0
-
-
-class Ended:
-    """Lets the test's thread wait for a world that runs in another one."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._loop = loop
-        self._event = threading.Event()
-
-    def set(self) -> None:
-        """From inside the loop: nothing there goes on by itself after this."""
-        self._loop.stands_still = True
-        self._event.set()
-
-    def wait(self, seconds: float = 60.0) -> None:
-        """Wait in real time; a world that does not end is a failed test, not a hanging one."""
-        assert self._event.wait(seconds), "the virtual world did not end"
