@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from rlhf_cli.errors import FlowRefused
@@ -70,15 +72,49 @@ class ItemState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A candidate that is a local image; it is uploaded under a name that tells nothing of where it was."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """A candidate that is an image somewhere else, which the service fetches itself; `url` is http or https."""
+
+    url: str
+
+
+Asset = str | ImageFile | ImageUrl
+"""A candidate: a text, or an image."""
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a service offers beyond the ranking-flow protocol; the vendor's service offers none of it."""
+    """What a service offers; what nothing is known of is taken to be the bare ranking-flow protocol."""
 
     idempotency: bool = False
     """A creation repeated with the same key answers with what the first one made."""
     desired: bool = False
-    """Knows a desired number of votes between minimum and maximum."""
+    """Knows a desired number of votes between minimum and maximum, and ends an item there."""
     live_votes: bool = False
     """Shows votes while they accumulate."""
+    raw_votes: bool = False
+    """Shows every single vote, with a pseudonym of who cast it."""
+    preheat: bool = False
+    """Can be told that work is coming, so that people are there when it does."""
+    list_filter: bool = False
+    """Lists items by state and time of creation."""
+    ttl_min_s: float = 0.0
+    """Shortest time to live of an item, seconds."""
+    ttl_max_s: float = math.inf
+    max_candidates: int | None = None
+    """Most candidates of an item; None where the service states no limit."""
+
+
+RAPIDATA = Capabilities(preheat=True, list_filter=True, ttl_min_s=60.0, ttl_max_s=3600.0)
+"""The vendor's service. The shortest time to live is that of its default settings: 20 s more than the 40 s before an
+item's end in which nobody new is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +125,15 @@ class ItemStatus:
     votes: int | None = None
     """Votes counted so far; None where the service does not say."""
     failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResults:
+    """What the service itself makes of the votes: a cross-check, never trained on."""
+
+    elo: tuple[float, ...]
+    """One per candidate, in the caller's order."""
+    votes: float
 
 
 class BadAnswer(FlowRefused):
@@ -113,11 +158,23 @@ class Flow(Protocol):
     async def find_flow(self, spec: FlowSpec) -> str | None:
         """The id of the newest flow with the fingerprint of `spec`, if there is one."""
 
+    async def update_flow(self, flow_id: str, spec: FlowSpec) -> None:
+        """Ask the question of `spec` as often as it says in items created from now on; the flow's name stays."""
+
+    async def preheat(self) -> None:
+        """Tell the service that work is coming in a few minutes; nothing where it does not listen."""
+
     async def create_dataset(self, name: str, key: str) -> str:
         """Create an empty dataset and return its id; `key` is used where the service offers idempotency."""
 
-    async def add_datapoint(self, dataset_id: str, sort_index: int, text: str) -> None:
-        """Put candidate number `sort_index` into a dataset."""
+    async def add_datapoint(self, dataset_id: str, sort_index: int, asset: Asset) -> str:
+        """Put candidate number `sort_index` into a dataset, an image uploaded first. Returns the datapoint's id."""
+
+    async def fill_dataset(self, dataset_id: str, assets: Sequence[Asset]) -> None:
+        """Put all candidates into an empty dataset and make sure that as many arrived as were sent.
+
+        All requests have ended when this returns or raises; after an error the dataset may be half filled.
+        """
 
     async def create_item(self, flow_id: str, dataset_id: str, context: str, ttl_s: float, key: str) -> str:
         """Ask people about a dataset, shown under `context`; this is what costs money. Returns the item's id."""
@@ -125,17 +182,29 @@ class Flow(Protocol):
     async def find_item(self, flow_id: str, dataset_id: str) -> ItemStatus | None:
         """The oldest item made from a dataset, if there is one."""
 
+    async def newest_items(self, flow_id: str) -> list[ItemStatus]:
+        """The newest few hundred items of a flow, newest first."""
+
     async def statuses(self, flow_id: str, item_ids: Collection[str]) -> dict[str, ItemStatus]:
         """How these items stand; one that the service does not know is left out."""
 
-    async def vote_matrix(self, item_id: str, texts: Sequence[str], *, partial: bool = False) -> WinMatrix | None:
-        """The votes on an item in the order of `texts`, its distinct candidates.
+    async def vote_matrix(self, item_id: str, assets: Sequence[Asset], *, partial: bool = False) -> WinMatrix | None:
+        """The votes on an item in the order of `assets`, its candidates.
 
         None while the service does not show them; `partial` asks for votes of an item that is still running.
         """
 
+    async def results(self, item_id: str, assets: Sequence[Asset]) -> ItemResults | None:
+        """What the service makes of the votes on an item; None while it does not say."""
+
     async def stop(self, item_id: str) -> None:
         """End an item now; votes so far can be read."""
+
+    def health(self) -> dict[str, float]:
+        """Figures on the connection; from any thread, without waiting.
+
+        `flow/circuit_open` (0 or 1), `flow/unreachable_s`, `flow/requests_total`, `flow/retries_total`.
+        """
 
     async def close(self) -> None:
         """Drop the connections. Nothing at the service changes."""

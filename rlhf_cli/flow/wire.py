@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -135,6 +136,8 @@ class DatasetCreated(Body):
 class TextAsset(Body):
     t: Literal["TextAssetInput"] = Field("TextAssetInput", alias="_t")
     text: str = Field(min_length=1)
+    identifier: str | None = None
+    """What the client calls it; ours answers with sort indices instead."""
 
 
 class ExistingAsset(Body):
@@ -142,6 +145,7 @@ class ExistingAsset(Body):
 
     t: Literal["ExistingAssetInput"] = Field("ExistingAssetInput", alias="_t")
     name: str = Field(min_length=1, max_length=200)
+    identifier: str | None = None
 
 
 class ManyAssets(Body):
@@ -205,6 +209,35 @@ class ItemCreated(Body):
     flow_item_id: str = Field(min_length=1)
 
 
+class FileUploaded(Body):
+    file_name: str = Field(min_length=1)
+
+
+class UploadUrls(Sent):
+    urls: list[str]
+    correlation_id: str
+
+
+class UploadStarted(Body):
+    batch_upload_id: str = Field(min_length=1)
+
+
+class UploadProgress(Body):
+    status: str
+    completed_batches: list[str] = []
+
+
+class UploadedUrl(Body):
+    url: str
+    status: str
+    file_name: str | None = None
+    error_message: str | None = None
+
+
+class UploadEnded(Body):
+    items: list[UploadedUrl]
+
+
 class Item(Body):
     """An item, alone or as a row of the list. `votes` and `desired` are additions of our server."""
 
@@ -222,6 +255,20 @@ class Item(Body):
     failed_at: str | None = None
     votes: int | None = None
     desired: int | None = None
+
+    def status(self) -> ItemStatus:
+        return ItemStatus(self.id, self.dataset_id, self.state, self.votes, self.failure_message)
+
+
+class ItemRow(Body):
+    """What the client reads of an item in a list: hundreds of them are looked at every few seconds."""
+
+    id: str
+    dataset_id: str
+    state: ItemState
+    created_at: str | None = None
+    failure_message: str | None = None
+    votes: int | None = None
 
     def status(self) -> ItemStatus:
         return ItemStatus(self.id, self.dataset_id, self.state, self.votes, self.failure_message)
@@ -276,6 +323,44 @@ class Results(Body):
     total_votes: int
 
 
+class SeenAsset(Body):
+    """A candidate as results of any service show it: a text, or a file with what is known of its origin."""
+
+    text: str | None = None
+    identifier: str | None = None
+    metadata: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str | None:
+        """The text, or the file name or address that it was uploaded from."""
+        for key, member in (("sourceUrl", "url"), ("originalFilename", "originalFilename")):
+            entry = self.metadata.get(key)
+            if isinstance(entry, dict) and isinstance(entry.get(member), str):
+                return str(entry[member])
+        return self.text
+
+
+class SeenResult(Body):
+    id: str
+    asset: SeenAsset
+    elo: FiniteFloat
+    sort_index: int | None = None
+
+
+class SeenResults(Body):
+    """Results as a client reads them, from our server or another."""
+
+    datapoints: list[SeenResult]
+    total_votes: FiniteFloat
+
+
+class RawVotes(Body):
+    """A page of single votes, which is ours alone; kept as it is."""
+
+    total: int
+    items: list[Any]
+
+
 class VoteMatrix(Body):
     """`data[i][j]` votes for `index[i]` over `columns[j]`; `sort_index` (ours): the rows' places at the caller."""
 
@@ -291,9 +376,16 @@ class CapabilityDocument(Body):
     idempotency: bool = False
     desired: bool = False
     live_votes: bool = False
+    raw_votes: bool = False
+    preheat: bool = False
+    list_filter: bool = False
+    ttl_min_s: FiniteFloat = Field(0.0, ge=0)
+    ttl_max_s: FiniteFloat | None = Field(None, gt=0)
+    max_candidates: int | None = Field(None, ge=MIN_CANDIDATES)
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(self.idempotency, self.desired, self.live_votes)
+        known = self.model_dump()
+        return Capabilities(**known | {"ttl_max_s": math.inf if self.ttl_max_s is None else self.ttl_max_s})
 
 
 class Lease(Body):

@@ -149,7 +149,16 @@ async def preheat(request: Request, store: Store, _: Token) -> Response:
 
 
 async def capabilities(request: Request) -> Response:
-    return JSONResponse(wire.CapabilityDocument(idempotency=True, desired=True, live_votes=True).to_json())
+    document = wire.CapabilityDocument(
+        idempotency=True,
+        desired=True,
+        live_votes=True,
+        raw_votes=True,
+        list_filter=True,
+        ttl_max_s=wire.MAX_TTL_S,
+        max_candidates=wire.MAX_CANDIDATES,
+    )
+    return JSONResponse(document.to_json())
 
 
 routes = [
