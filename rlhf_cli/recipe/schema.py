@@ -198,7 +198,7 @@ class Flow(Section):
     responses: Responses = Field(default_factory=Responses)
     """How many votes a group gets."""
     ttl_s: float = Field(300.0, ge=10, le=3600)
-    """Time to live of an item, in seconds on the service's clock; at least 20 with `rapidata`."""
+    """Time to live of an item, in seconds on the service's clock; at least 60 with `rapidata`."""
     settle_s: float = Field(10.0, ge=0, le=600)
     """How long a new item may take to show up in the service's list; waited before buying again after a doubt."""
     poll_s: float = Field(1.0, gt=0, le=60)
@@ -214,8 +214,9 @@ class Flow(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.service == "rapidata" and self.ttl_s < 20:
-            raise problem(f"ttl_s ({self.ttl_s}) is below the 20 s that rapidata takes", "ttl_s", "service")
+        if self.service == "rapidata" and self.ttl_s < 60:
+            # 20 s more than the 40 s before an item's end in which the service asks nobody new.
+            raise problem(f"ttl_s ({self.ttl_s}) is below the 60 s that rapidata takes", "ttl_s", "service")
         if self.service == "embedded" and self.crowd is None:
             raise problem(
                 "the embedded service needs simulated raters in this version; add `crowd: {}`, or give the address "
