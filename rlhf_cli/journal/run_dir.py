@@ -55,6 +55,7 @@ class RunDir:
         self.samples = path / "samples"
         self.heldout_samples = self.samples / "heldout.jsonl"
         self.flow_store = path / "flow" / "server.sqlite"
+        self.flow_bodies = path / "flow" / "bodies.jsonl"
         self.report = path / "report.html"
         self.lock_file = path / "LOCK"
 
