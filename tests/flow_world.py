@@ -78,7 +78,7 @@ class World:
         self,
         capabilities: Capabilities | None = None,
         *,
-        patience: Patience = Patience(5.0, 5.0),  # noqa: B008
+        patience: Patience = Patience(5.0, 0.3, 0.01),  # noqa: B008
     ) -> FlowClient:
         return FlowClient(
             "http://127.0.0.1",

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import stamina
 from flow_world import PLAIN, Clock, Faulty, World, group, until
 
 from rlhf_cli.errors import CredentialsError, FlowRefused, FlowUnavailable
@@ -27,12 +26,6 @@ from rlhf_cli.types import Feedback, Group, RankedGroup, Unranked, WinMatrix
 SPEC = FlowSpec("run", "Which?", Responses(2, 3, 3), ttl_s=60)
 TEXTS = ["a", "bb", "ccc", "dddd"]
 SERVICES = pytest.mark.parametrize("capabilities", [None, PLAIN], ids=["with keys", "plain"])
-
-
-@pytest.fixture(autouse=True)
-def _two_attempts_without_waiting() -> Iterator[None]:
-    with stamina.set_testing(True, attempts=2):
-        yield
 
 
 class Asking:
