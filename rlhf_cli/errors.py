@@ -12,6 +12,7 @@ RlhfError
 ├── Diverged                7   NaN or the hard KL limit; last good checkpoint kept
 ├── RunLocked, RunDamaged   8   the run folder is in use, or its journal or checkpoint is damaged
 ├── FlowUnavailable        75   not reachable past the retry deadline; resume later
+├── DiskFull               75   the disk does not take what must be kept; free some and resume
 └── Stopped           130, 143  asked to stop by a signal; checkpoint saved
 """
 
@@ -75,6 +76,10 @@ class RunDamaged(RlhfError):
 
 
 class FlowUnavailable(RlhfError):
+    exit_code = 75
+
+
+class DiskFull(RlhfError):
     exit_code = 75
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
-from rlhf_cli.errors import RunDamaged
+from rlhf_cli.errors import DiskFull, RunDamaged
 from rlhf_cli.journal.events import Event, event_adapter
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.run_dir import sync_folder
@@ -77,7 +77,7 @@ class Journal:
 
         Raises:
             ValueError: The event would not read back as it is (NaN in a field); nothing was written.
-            OSError: The disk did not take it; nothing of it is left in the file and the next append may succeed.
+            DiskFull: The disk did not take it; nothing of it is left in the file and the next append may succeed.
         """
         body = event.model_dump_json()
         try:
@@ -88,7 +88,13 @@ class Journal:
             raise ValueError(f"this {event.type} event does not survive being written: {body[:200]}")
         with self._lock:
             entry = Entry(self._seq, self._clock(), event)
-            self._write(_line(entry, body))
+            try:
+                self._write(_line(entry, body))
+            except OSError as error:
+                raise DiskFull(
+                    f"{self.path} cannot be written: {error.strerror}. Everything before is kept; "
+                    "make room on the disk and resume."
+                ) from error
             self._seq += 1
             for observer in self._observers:
                 observer.on_event(event)

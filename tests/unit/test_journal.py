@@ -212,6 +212,7 @@ def test_an_event_that_would_not_read_back_is_never_written(tmp_path: Path) -> N
 FILL = """
 import resource, signal, sys
 from pathlib import Path
+from rlhf_cli.errors import DiskFull
 from rlhf_cli.journal.events import StepTrained
 from rlhf_cli.journal.journal import Journal
 
@@ -224,8 +225,8 @@ with Journal.open(path) as journal:
     for _ in range(2):
         try:
             journal.append(StepTrained(step=1, group_ids=()))
-        except OSError as error:
-            print(type(error).__name__, path.stat().st_size - size)
+        except DiskFull as error:
+            print(error.exit_code, "make room" in str(error), path.stat().st_size - size)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     journal.append(StepTrained(step=2, group_ids=()))
 """
@@ -238,7 +239,7 @@ def test_a_full_disk_leaves_no_half_line_and_the_next_append_works(tmp_path: Pat
 
     done = subprocess.run([sys.executable, "-c", FILL, str(path)], capture_output=True, text=True, check=True)
 
-    assert done.stdout.splitlines() == ["OSError 0", "OSError 0"]
+    assert done.stdout.splitlines() == ["75 True 0", "75 True 0"]
     assert events_of(path) == [*EVENTS[:2], StepTrained(step=2, group_ids=())]
 
 
