@@ -1,4 +1,4 @@
-"""One item per group, never two, whatever dies and whenever.
+"""One item per ask, never two, whatever dies and whenever.
 
 Creating an item costs money, and a service may make one without its answer reaching us. Three facts are journalled on
 the way, each before the next step, so a restart knows where to go on:
@@ -18,21 +18,11 @@ from dataclasses import dataclass
 from rlhf_cli.errors import FlowUnavailable
 from rlhf_cli.flow.base import BadAnswer, Flow
 from rlhf_cli.journal.events import DatasetCreated, Event, GroupIntended, GroupSubmitted
+from rlhf_cli.journal.replay import Ask
 from rlhf_cli.types import Group
 
 CREATE_ATTEMPTS = 5
 DATASET_ATTEMPTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the journal says about a group that is asked about again."""
-
-    key: str | None = None
-    dataset_id: str | None = None
-    item_id: str | None = None
-    submitted_at: float | None = None
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +36,27 @@ class Buyer:
     settle_s: float
     journal: Callable[[Event], object]
 
-    async def item_of(self, group: Group, texts: Sequence[str], known: Known) -> str:
-        """The id of the one item of `group`, which shows `texts`: bought now, or found where it exists already."""
-        if known.item_id is not None:
-            return known.item_id
-        key = known.key
+    async def item_of(self, group: Group, texts: Sequence[str], ask: Ask, number: int) -> tuple[str, str]:
+        """Ids of dataset and item that ask about `group` for the `number`-th time: bought now, or found at the service.
+
+        Args:
+            texts: What people are shown of the group.
+            ask: What the journal knows of this ask.
+        """
+        if ask.dataset_id is not None and ask.item_id is not None:
+            return ask.dataset_id, ask.item_id
+        key = ask.key
         if key is None:
-            key = hashlib.sha256(f"{self.run_id}/{group.id}".encode()).hexdigest()
+            again = "" if number == 1 else f"/{number}"
+            key = hashlib.sha256(f"{self.run_id}/{group.id}{again}".encode()).hexdigest()
             self.journal(GroupIntended(group_id=group.id, key=key))
-        dataset_id = known.dataset_id
+        dataset_id = ask.dataset_id
         if dataset_id is None:
             dataset_id = await self._dataset(group, texts, key)
             self.journal(DatasetCreated(group_id=group.id, dataset_id=dataset_id))
-        item_id = await self._one_item(group, dataset_id, key, doubt=known.dataset_id is not None)
+        item_id = await self._one_item(group, dataset_id, key, doubt=ask.dataset_id is not None)
         self.journal(GroupSubmitted(group_id=group.id, dataset_id=dataset_id, item_id=item_id))
-        return item_id
+        return dataset_id, item_id
 
     async def _one_item(self, group: Group, dataset_id: str, key: str, *, doubt: bool) -> str:
         """Create the item of a dataset, unless it exists.
@@ -88,13 +84,7 @@ class Buyer:
         for attempt in range(1, DATASET_ATTEMPTS + 1):
             try:
                 dataset_id = await self.flow.create_dataset(f"group {group.id} of run {self.run_id}", f"{key}-dataset")
-                added = await asyncio.gather(
-                    *(self.flow.add_datapoint(dataset_id, i, text) for i, text in enumerate(texts)),
-                    return_exceptions=True,
-                )
-                for error in added:
-                    if error is not None:
-                        raise error
+                await self.flow.fill_dataset(dataset_id, texts)
                 return dataset_id
             except FlowUnavailable:
                 if attempt == DATASET_ATTEMPTS:

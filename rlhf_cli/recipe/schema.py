@@ -199,10 +199,14 @@ class Flow(Section):
     """How many votes a group gets."""
     ttl_s: float = Field(300.0, ge=10, le=3600)
     """Time to live of an item, in seconds on the service's clock; at least 60 with `rapidata`."""
+    stop_when_decided: float | None = Field(None, gt=0.5, lt=1)
+    """End an item early, after `responses.min` votes, once its best completion is the best with this probability."""
     settle_s: float = Field(10.0, ge=0, le=600)
     """How long a new item may take to show up in the service's list; waited before buying again after a doubt."""
     poll_s: float = Field(1.0, gt=0, le=60)
     """Time between two looks at the service."""
+    outage_s: float = Field(600.0, gt=0, le=86400)
+    """How long a run waits for a service that does not answer, in seconds, before it stops with exit code 75."""
     crowd: Crowd | None = None
     """Simulated raters; only with `embedded`, and needed there. With `replay`: who voted in the recording."""
     token_env: EnvironmentName | None = None
@@ -217,6 +221,11 @@ class Flow(Section):
         if self.service == "rapidata" and self.ttl_s < 60:
             # 20 s more than the 40 s before an item's end in which the service asks nobody new.
             raise problem(f"ttl_s ({self.ttl_s}) is below the 60 s that rapidata takes", "ttl_s", "service")
+        if self.service == "rapidata" and self.stop_when_decided is not None:
+            raise problem(
+                "needs votes while they come in, rapidata shows none before an item's end; leave it out",
+                "stop_when_decided",
+            )
         if self.service == "embedded" and self.crowd is None:
             raise problem(
                 "the embedded service needs simulated raters in this version; add `crowd: {}`, or give the address "
@@ -327,11 +336,8 @@ class RunOnline(Section):
         NotYet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
     ] = "votes"
     """Who compares completions: people through the flow, or the reward model of `train_rm`."""
-    incomplete: Annotated[
-        Literal["use", "drop", "resubmit_once"],
-        NotYet(one_of("resubmit_once"), "{value} is", "use or drop"),
-    ] = "use"
-    """A group with some votes, but fewer than `responses.min`: learn from those it has, or drop it."""
+    incomplete: Literal["use", "drop", "resubmit_once"] = "use"
+    """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use both."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How a group is sampled."""
     learner: Learner = Field(default_factory=lambda: Dpo(algorithm="dpo"))

@@ -390,7 +390,6 @@ def test_groups_hold_two_to_sixteen_completions(size: int) -> None:
         ("  heldout_prompts: heldout.jsonl\n", "", "26:1: eval: needs data.heldout_prompts"),
         ("judge: crowd", "judge: judge", "28:3: eval.judge: a `judge` model is not there yet in this version; use crowd, "),
         ("steps: 3", "steps: 3\n  feedback: hybrid", "22:3: run_online.feedback: `hybrid` feedback is not there yet in this version; use votes or reward_model"),
-        ("steps: 3", "steps: 3\n  incomplete: resubmit_once", "22:3: run_online.incomplete: `resubmit_once` is not there yet"),
         ("algorithm: dpo", "algorithm: grpo", "24:13: run_online.learner.algorithm: the `grpo` learner is not there yet"),
         ("algorithm: dpo", "algorithm: dpo, loss: ipo", "24:29: run_online.learner.loss: the `ipo` loss is not there yet"),
         ("hard_nats: 20", "hard_nats: 20, on_hard: rollback", "25:37: run_online.kl.on_hard: `rollback` at the hard limit is not there yet"),
@@ -404,6 +403,13 @@ def test_groups_hold_two_to_sixteen_completions(size: int) -> None:
 def test_a_value_that_cannot_be_honoured_is_refused_at_its_place(old: str, new: str, said: str) -> None:
     (only,) = problems(changed(old, new))
     assert only.startswith(f"recipe.yaml:{said}")
+
+
+def test_stopping_early_is_refused_where_the_service_shows_no_votes_while_they_come_in() -> None:
+    only_people = changed("service: embedded", "service: rapidata\n  stop_when_decided: 0.9")
+    only_people = only_people.replace("  crowd: {raters: 10}\n", "").replace("judge: crowd", "judge: flow")
+    (only,) = problems(only_people)
+    assert only.startswith("recipe.yaml:16:3: flow.stop_when_decided: needs votes while they come in, rapidata shows")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from flow_world import PLAIN, Clock, Faulty, World, group, until
 
 from rlhf_cli.errors import CredentialsError, FlowRefused, FlowUnavailable
-from rlhf_cli.feedback.votes import DRAIN_S, SLACK_S, VotesFeedback, distinct, spread
+from rlhf_cli.feedback.items import Shown
+from rlhf_cli.feedback.votes import DRAIN_S, SLACK_S, VotesFeedback
 from rlhf_cli.flow.base import Capabilities, FlowSpec, ItemState, Responses
 from rlhf_cli.flow.credentials import Credentials
 from rlhf_cli.journal.events import Event, GroupRanked, GroupSampled, GroupSetAside, GroupSubmitted
@@ -110,7 +111,8 @@ def test_the_rater_reads_the_prompt_and_each_different_text_once(world: World) -
         until(lambda: asked.has(1))
         (ranked,) = asked.decided
         assert isinstance(ranked, RankedGroup)
-        assert ranked.wins == spread(world.store.matrix(item_id), (0, 2, 5), 6)
+        shown = Shown("g0", (0, 2, 5), ("same", "other", "third"), 6)
+        assert ranked.wins == shown.over_all(world.store.matrix(item_id))
         assert ranked.wins.votes == 3
         assert not ranked.wins.wins[[1, 3, 4]].any()  # copies and empty ones have no votes
         assert not ranked.wins.wins[:, [1, 3, 4]].any()
@@ -485,6 +487,7 @@ def test_a_client_that_cannot_be_made_ends_the_asking() -> None:
 
 
 def test_what_is_shown_are_the_first_copies_in_order() -> None:
-    assert distinct(group(0, ["b", "a", "b ", "", "c"])) == (0, 1, 4)
-    wins = spread(WinMatrix([[0, 1], [2, 0]]), (0, 2), 3)
+    shown = Shown.of("g0", ["b", "a", "b ", "", "c"])
+    assert (shown.indices, shown.texts, shown.size) == ((0, 1, 4), ("b", "a", "c"), 5)
+    wins = Shown.of("g0", ["x", "", "y"]).over_all(WinMatrix([[0, 1], [2, 0]]))
     assert wins.wins.tolist() == [[0, 0, 1], [0, 0, 0], [2, 0, 0]]
