@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rlhf_cli.flow.base import Flow, FlowSpec, Responses
+from rlhf_cli.flow.bodies import keep_bodies
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.credentials import Credentials, credentials_from_environment
 from rlhf_cli.journal.run_dir import RunDir
@@ -35,10 +36,11 @@ def flow_service(recipe: Recipe, run: RunDir) -> Iterator[Connect]:
     """
     section = recipe.flow
     assert section is not None
+    on_body = keep_bodies(run.flow_bodies)
     if section.service == "embedded":
         with EmbeddedFlow(run.flow_store, crowd_settings(section.crowd), recipe.seed) as server:
             credentials = Credentials(server.client_id, server.client_secret)
-            yield lambda: FlowClient(server.url, credentials)
+            yield lambda: FlowClient(server.url, credentials, on_body=on_body)
         return
     credentials = credentials_from_environment(
         section.client_id_env or "RAPIDATA_CLIENT_ID",
@@ -46,9 +48,9 @@ def flow_service(recipe: Recipe, run: RunDir) -> Iterator[Connect]:
         section.token_env,
     )
     if section.service == "rapidata":
-        yield lambda: FlowClient.rapidata(credentials)
+        yield lambda: FlowClient.rapidata(credentials, on_body=on_body)
     else:
-        yield lambda: FlowClient(section.service, credentials)
+        yield lambda: FlowClient(section.service, credentials, on_body=on_body)
 
 
 def crowd_settings(section: schema.Crowd | None) -> CrowdSettings | None:
