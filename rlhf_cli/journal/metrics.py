@@ -44,12 +44,25 @@ METRICS: dict[str, Metric] = {
     "flow/votes_per_group": Metric("votes per group", "votes", "Mean votes per group of this step.", ".1f"),
     "flow/incomplete_frac": Metric("incomplete", "", "Share of groups that ended below the minimum of votes.", ".2f"),
     "flow/set_aside_total": Metric("set aside", "groups", "Groups that will never train, each with a reason.", ".0f"),
+    "flow/backlog": Metric("backlog", "groups", "Groups waiting for their item to be made.", ".0f"),
+    "flow/late_votes_total": Metric("late votes", "votes", "Votes that came after their group was decided.", ".0f"),
+    "flow/votes_saved_total": Metric("votes saved", "votes", "Short of desired, as the ranking was decided.", ".0f"),
+    "flow/doubles_total": Metric("doubles", "", "Times that the service made two items of one dataset.", ".0f"),
+    "flow/orphans_total": Metric("orphans", "items", "Items found that the journal did not know.", ".0f"),
     "flow/latency_p50_s": Metric("latency p50", "s", "Median time from asking to the answer.", ".2f"),
     "flow/latency_p95_s": Metric("latency p95", "s", "95th percentile of that time.", ".2f"),
     "flow/votes_per_min": Metric("votes per minute", "votes", "Rate at which votes arrive.", ".0f"),
     "flow/min_votes": Metric("minimum", "votes", "Votes a group needs to be complete.", ".0f"),
     "flow/desired_votes": Metric("desired", "votes", "Votes a group should get.", ".0f"),
     "flow/max_votes": Metric("maximum", "votes", "Votes a group can get at most.", ".0f"),
+    "flow/circuit_open": Metric(
+        "circuit open", "", "1 while the service does not answer and one call at a time asks.", ".0f"
+    ),
+    "flow/unreachable_s": Metric(
+        "unreachable", "s", "Time since the service stopped to answer; 0 while it does.", ".0f"
+    ),
+    "flow/requests_total": Metric("requests", "requests", "Requests sent to the service.", ".0f"),
+    "flow/retries_total": Metric("retries", "requests", "Attempts of calls after their first.", ".0f"),
     "time/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
     "time/generate_s": Metric("generate", "s", "Sampling completions.", ".2f"),
     "time/reference_s": Metric("reference", "s", "Log-probabilities under policy and reference.", ".2f"),

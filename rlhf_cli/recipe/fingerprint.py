@@ -41,7 +41,7 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
     if stage == "train-rm":
         return {**start, "after": sft, "train_rm": _content(recipe.train_rm)}
     if stage == "open-flow":
-        return {"flow": _content(recipe.flow, without={"crowd", *_HOW_TO_TALK})}
+        return {"flow": _content(recipe.flow, without={"crowd", "stop_when_decided", *_HOW_TO_TALK})}
     if stage == "run-online":
         by_model = recipe.run_online is not None and recipe.run_online.feedback == "reward_model"
         return {

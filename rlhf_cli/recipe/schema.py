@@ -189,8 +189,8 @@ class Flow(Section):
     """Where people vote, and on what terms. One group of completions is one item of the flow."""
 
     service: Service
-    """`embedded` (a server inside the run, with simulated raters), `rapidata`, the address of a flow server, or `replay`
-    (nobody is asked: votes come from the run folder in `recording`)."""
+    """`embedded` (a server inside the run, with simulated raters), `rapidata`, the address of a flow server, or
+    `replay` (nobody is asked: votes come from the run folder in `recording`)."""
     recording: DataFile | None = None
     """Run folder whose votes `replay` gives again, to the same completions; only with `replay`, and needed there."""
     instruction: str = Field(min_length=1, max_length=2000)
@@ -337,7 +337,7 @@ class RunOnline(Section):
     ] = "votes"
     """Who compares completions: people through the flow, or the reward model of `train_rm`."""
     incomplete: Literal["use", "drop", "resubmit_once"] = "use"
-    """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use both."""
+    """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use all."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How a group is sampled."""
     learner: Learner = Field(default_factory=lambda: Dpo(algorithm="dpo"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from rlhf_cli import __version__
 from rlhf_cli.errors import MissingStage, RlhfError
 from rlhf_cli.journal.events import Event, RunStarted, RunStopped, StageFinished, StageStarted
-from rlhf_cli.journal.journal import Journal
+from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState, replay
 from rlhf_cli.journal.run_dir import RunDir, sync_folder, write_atomic
@@ -56,7 +57,7 @@ class Session:
             MissingStage: It was not, or with other inputs; says which command to run.
         """
         finished = self.state.stages.get(stage)
-        command = f"rlhf {stage} {self.loaded.path}"
+        command = self.loaded.command(stage, "--run-dir", str(self.run.path))
         if finished is None or (artefact is not None and not artefact.exists()):
             raise MissingStage(f"{self.stage} needs {stage}, which has not been run in {self.run.path}; run: {command}")
         if finished.fingerprint != stage_fingerprint(self.loaded, stage):
@@ -87,7 +88,9 @@ class Session:
                 stage=self.stage, fingerprint=self.fingerprint, attempt=attempt, resumed_from_step=resumed_from_step
             )
         )
-        self.state = replay([*self.journal.entries, *map(self.journal.append, events)])
+        for event in events:
+            self.journal.append(event)
+        self.state = replay(read(self.journal.path))
 
     def finish(self, summary: dict[str, float | str | None]) -> Result:
         """Record that the stage is done; its artefacts are in place."""
@@ -121,14 +124,25 @@ def open_session(stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequ
             yield session
         except BaseException as error:
             if session.began:
-                journal.append(RunStopped(exit_code=_exit_code(error), reason=str(error) or type(error).__name__))
+                journal.append(RunStopped(exit_code=_exit_code(error), reason=_reason(error)))
             raise
 
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, RlhfError):
         return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 128 + _signal(error) if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {signal.Signals(_signal(error)).name}"
+    return str(error) or type(error).__name__
+
+
+def _signal(interrupt: KeyboardInterrupt) -> int:
+    """The signal behind an interrupt: whoever raises one for another signal than SIGINT names it."""
+    return int(interrupt.args[0]) if interrupt.args else signal.SIGINT
 
 
 def put_in_place(made: Path, target: Path) -> None:
