@@ -22,4 +22,5 @@ Output = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier attempt stopped.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever an earlier attempt left.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would ask and cost, as `rlhf plan` does.")]
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the server.", show_default=False)]

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhf_cli.cli.crash import crash_goes_to
-from rlhf_cli.cli.options import AsJson, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
+from rlhf_cli.cli.options import AsJson, DryRun, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
 from rlhf_cli.cli.show import out_result
 from rlhf_cli.errors import DataError, GateFailed, RecipeError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.load import LoadedRecipe
 
 _STAGES = {
     "sft": "Fine-tune the model on example conversations.",
@@ -30,8 +33,15 @@ _SECTIONS = {"sft": "sft", "train-rm": "train_rm", "open-flow": "flow", "run-onl
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command()(plan)
     for name, description in _STAGES.items():
-        app.command(name, help=description)(_command(name))
+        app.command(name, help=description)(open_flow if name == "open-flow" else _command(name))
+
+
+def plan(recipe_file: RecipeFile, sets: Sets = None, run_dir: RunFolder = None, as_json: AsJson = False) -> None:
+    """Say what a recipe will ask, cost and be able to show, before anything is spent."""
+    loaded, folder = _checked("run", recipe_file, sets, run_dir)
+    _plan(loaded, folder, as_json)
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -42,36 +52,79 @@ def _command(name: str) -> Callable[..., None]:
         output: Output = "auto",
         resume: Resume = False,
         fresh: Fresh = False,
+        dry_run: DryRun = False,
         as_json: AsJson = False,
     ) -> None:
         if resume and fresh:
             raise UsageError("--resume and --fresh exclude each other: go on, or start again")
-        from rlhf_cli.recipe.data import check_files
-        from rlhf_cli.recipe.load import load_recipe
-
-        loaded = load_recipe(recipe_file, sets or [])
-        section = _SECTIONS.get(name)
-        if section is not None and getattr(loaded.recipe, section) is None:
-            raise RecipeError([f"{recipe_file}: {section}: missing section; `rlhf {name}` works from it"])
-        complaints = check_files(loaded.recipe)
-        if complaints:
-            raise DataError("\n".join(map(str, complaints)))
-        folder = run_dir or Path("runs") / loaded.recipe.name
-        crash_goes_to(folder)
-
-        from rlhf_cli.live.open import open_display
-
-        with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
-            stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
-            result = stage.run(loaded, folder, observers=[display], resume=resume, fresh=fresh)
-            if name == "run":
-                from rlhf_cli.report.build import build_report
-
-                result = {**result, "report": str(build_report(folder))}
+        loaded, folder = _checked(name, recipe_file, sets, run_dir)
+        if dry_run:
+            _plan(loaded, folder, as_json)
+            return
+        result = _run(name, loaded, folder, output, resume=resume, fresh=fresh)
         _show(result, as_json)
         _check_gates(result)
 
     return command
+
+
+def open_flow(
+    recipe_file: RecipeFile,
+    sets: Sets = None,
+    run_dir: RunFolder = None,
+    output: Output = "auto",
+    new: Annotated[bool, typer.Option("--new", help="Open a new flow even where one asks the same.")] = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other: go on, or start again")
+    loaded, folder = _checked("open-flow", recipe_file, sets, run_dir)
+    if dry_run:
+        from rlhf_cli.stages.plan import flow_plan
+
+        result = flow_plan(loaded, folder, new=new)
+    else:
+        result = _run("open-flow", loaded, folder, output, resume=resume, fresh=fresh, new=new)
+    _show(result, as_json)
+
+
+def _checked(name: str, recipe_file: Path, sets: list[str] | None, run_dir: Path | None) -> tuple[LoadedRecipe, Path]:
+    """The recipe and the run folder of a command, with every mistake in recipe and data files found."""
+    from rlhf_cli.recipe.data import check_files
+    from rlhf_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe_file, sets or [])
+    section = _SECTIONS.get(name)
+    if section is not None and getattr(loaded.recipe, section) is None:
+        raise RecipeError([f"{recipe_file}: {section}: missing section; `rlhf {name}` works from it"])
+    complaints = check_files(loaded.recipe)
+    if complaints:
+        raise DataError("\n".join(map(str, complaints)))
+    return loaded, run_dir or Path("runs") / loaded.recipe.name
+
+
+def _run(name: str, loaded: LoadedRecipe, folder: Path, output: Output, **options: bool) -> dict[str, Any]:
+    crash_goes_to(folder)
+
+    from rlhf_cli.live.open import open_display
+
+    with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
+        stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
+        result: dict[str, Any] = stage.run(loaded, folder, observers=[display], **options)
+        if name == "run":
+            from rlhf_cli.report.build import build_report
+
+            result = {**result, "report": str(build_report(folder))}
+    return result
+
+
+def _plan(loaded: LoadedRecipe, folder: Path, as_json: bool) -> None:
+    from rlhf_cli.stages.plan import plan
+
+    _show(plan(loaded, folder), as_json)
 
 
 def _check_gates(result: dict[str, Any]) -> None:
@@ -90,17 +143,15 @@ def stoppable() -> Iterator[None]:
 
     The loop of run-online has its own way while it runs: it finishes the step first.
     """
-    number: int = signal.SIGINT
 
     def terminate(got: int, _frame: FrameType | None) -> None:
-        nonlocal number
-        number = got
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(got)
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = int(interrupt.args[0]) if interrupt.args else signal.SIGINT
         what = "what is finished is kept; run the same command again (run-online goes on with --resume)"
         raise Stopped(f"stopped by {signal.Signals(number).name}; {what}", number) from None
     finally:
@@ -109,8 +160,30 @@ def stoppable() -> Iterator[None]:
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json or "win_rate" not in result:
-        out_result(result, as_json)
+        out_result(result if as_json else _in_words(result), as_json)
     else:
         from rlhf_cli.live.results import print_results
 
         print_results(result, sys.stdout)
+
+
+def _in_words(result: dict[str, Any]) -> dict[str, Any]:
+    """A plan or a flow as lines for people: what the service makes of each number, notes, costs that are not known."""
+    words = {**result}
+    if "flow" in words:
+        words["flow"] = _in_words(words["flow"])
+    if "mapping" in words:
+        rows = words["mapping"]
+        words["mapping"] = {row["key"]: f"{row['asked']} -> {row['sent']}; {row['note']}" for row in rows}
+    for name, section in words.items():
+        if isinstance(section, dict):
+            words[name] = {k: _priced(v) if k == "usd" else v for k, v in section.items()}
+    if "usd_per_item" in words:
+        words["usd_per_item"] = _priced(words["usd_per_item"])
+    if "notes" in words:
+        words["notes"] = {str(n): note for n, note in enumerate(words["notes"], 1)}
+    return words
+
+
+def _priced(costs: dict[str, Any]) -> Any:
+    return "unknown price" if None in costs.values() else costs

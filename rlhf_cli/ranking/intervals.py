@@ -88,3 +88,28 @@ def _inside(t: float, freedom: int) -> float:
     if not odd:
         return math.sin(theta) * total
     return 2 / math.pi * (theta + math.sin(theta) * total)
+
+
+def detectable_win_rate(prompts: int, votes_per_prompt: float, power_z: float = 0.8416) -> float | None:
+    """The smallest true win rate above one half that a 95 % interval over so many prompts excludes with 80 % power.
+
+    Votes on one prompt are taken as independent; `votes_per_prompt=1` is the other extreme, where they all agree. None
+    where even a win rate of 1 would not be found.
+
+    Source: the one-sample formula, p - 1/2 = (t * sqrt(1/4) + z * sqrt(p (1 - p))) / sqrt(n), of Fleiss, Levin and Paik
+    (2003), chapter 2, with the t quantile of the prompts in place of the normal one; solved for p by bisection.
+    """
+    if prompts < 2:
+        return None
+    n = prompts * votes_per_prompt
+
+    def found(p: float) -> bool:
+        return (p - 0.5) * math.sqrt(n) >= t_quantile_975(prompts - 1) * 0.5 + power_z * math.sqrt(p * (1 - p))
+
+    if not found(1.0):
+        return None
+    low, high = 0.5, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) else (middle, high)
+    return high

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,6 +41,13 @@ class LoadedRecipe:
     """Where each value came from, by dotted key: `file:line:column`, `--set`, `env NAME` or `default`."""
     places: dict[str, Place]
     """Where each written key was typed, by dotted key."""
+    sets: tuple[str, ...] = ()
+    """The `--set` overrides, as typed."""
+
+    def command(self, name: str, *more: str) -> str:
+        """`rlhf NAME` on this recipe as it has to be typed again, with the same overrides."""
+        sets = [word for key in self.sets for word in ("--set", key)]
+        return shlex.join(["rlhf", name, str(self.path), *sets, *more])
 
 
 def load_recipe(path: Path, sets: Sequence[str] = ()) -> LoadedRecipe:
@@ -76,7 +84,7 @@ def check_recipe(path: Path, sets: Sequence[str] = ()) -> tuple[LoadedRecipe | N
     if recipe is None or problems:
         return None, problems
     places = {".".join(key): node.place for key, node in nodes.items() if key}
-    return LoadedRecipe(recipe, Path(path), text, _origins(nodes), places), []
+    return LoadedRecipe(recipe, Path(path), text, _origins(nodes), places, tuple(sets)), []
 
 
 def _validated(tree: Written, nodes: dict[KeyPath, Written]) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:

@@ -22,13 +22,14 @@ from rlhf_cli.evaluation.heldout import (
     same_answer,
     win_rate_rows,
 )
+from rlhf_cli.feedback.recorded import RecordedFeedback, Recording
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.feedback.votes import VotesFeedback
 from rlhf_cli.journal.events import GroupSampled, RunStarted, StageStarted
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import replay
-from rlhf_cli.journal.run_dir import write_atomic
+from rlhf_cli.journal.run_dir import RunDir, write_atomic
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
@@ -165,13 +166,19 @@ def _same_inputs(path: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def _judge(session: Session, journal: Journal, run_id: str) -> Iterator[VotesFeedback | RewardModelFeedback]:
+def _judge(
+    session: Session, journal: Journal, run_id: str
+) -> Iterator[VotesFeedback | RewardModelFeedback | RecordedFeedback]:
     recipe = session.recipe
     assert recipe.eval is not None
     if recipe.eval.judge == "reward_model":
         yield RewardModelFeedback(reward_model(session), journal)
         return
     assert recipe.flow is not None
+    if recipe.flow.recording is not None:
+        path = RunDir(recipe.flow.recording).eval_results.with_name("journal.jsonl")
+        yield RecordedFeedback(Recording.read(path), journal.append)
+        return
     spec = flow_spec(recipe)
     with flow_service(recipe, session.run) as connect:
         flow_id, _ = asyncio.run(open_or_adopt(connect, spec))

@@ -4,52 +4,107 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_cli.errors import UsageError
-from rlhf_cli.flow.base import FlowSpec
+from rlhf_cli.errors import FlowRefused, UsageError
+from rlhf_cli.feedback.recorded import Recording
+from rlhf_cli.flow.base import Capabilities, FlowSpec
 from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.stages.asking import flow_facts, reason
 from rlhf_cli.stages.service import Connect, flow_service, flow_spec
-from rlhf_cli.stages.session import Result, open_session
+from rlhf_cli.stages.session import Result, Session, open_session
+
+
+@dataclass(frozen=True, slots=True)
+class AtService:
+    """A flow there, and whether it was there before we came."""
+
+    flow_id: str
+    adopted: bool
+    capabilities: Capabilities | None = None
+    """None where nobody was asked."""
+    refusal: str | None = None
+    """Why people were not told that work is coming, at a service that offers that."""
 
 
 def run(
-    loaded: LoadedRecipe, path: Path, observers: Sequence[Observer] = (), *, resume: bool = False, fresh: bool = False
+    loaded: LoadedRecipe,
+    path: Path,
+    observers: Sequence[Observer] = (),
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    new: bool = False,
+    ask: bool = True,
 ) -> Result:
-    """Open the recipe's flow at its service; a flow that asks the same already is adopted, unless `fresh`."""
+    """Open the recipe's flow at its service; one that asks the same already is adopted, unless `new`.
+
+    That the journal has it open is not enough, flows can be deleted: the service is asked, unless `ask` is False.
+    """
     section = loaded.recipe.flow
     if section is None:
         raise UsageError(f"{loaded.path} has no section `flow`; there is nothing to do for `rlhf open-flow`")
     with open_session("open-flow", loaded, path, observers) as session:
-        if not fresh and (done := session.done(session.run.path)):
+        spec, before = flow_spec(loaded.recipe), session.state.flow
+        if not ask and not fresh and (done := session.done(session.run.path)):
             return done
+        flow_facts(loaded.recipe)  # what the service would refuse is said before it is asked
+        if section.recording is not None:
+            recorded = Recording.read(section.recording / "journal.jsonl").state
+            flow = AtService(recorded.flow.flow_id if recorded.flow else "recorded", adopted=True)
+            why = f"the votes of run {recorded.run_id} are given again"
+        else:
+            with flow_service(loaded.recipe, session.run) as connect:
+                flow = asyncio.run(_open_or_adopt(connect, spec, new))
+            found = flow.flow_id if flow.adopted else None
+            why = reason(before, spec, section.service, found, new=new)
+        if flow.refusal is not None:
+            session.note(f"preheating was refused: {flow.refusal}")
+        said = {"why": why, **flow_facts(loaded.recipe, flow.capabilities)}
+        known = flow.adopted and before is not None and before.flow_id == flow.flow_id
+        if known and not fresh and (done := session.done(session.run.path)):
+            return {**done, "adopted": True, **said}
         session.start()
-        spec = flow_spec(loaded.recipe)
-        with flow_service(loaded.recipe, session.run) as connect:
-            flow_id, adopted = asyncio.run(open_or_adopt(connect, spec, fresh))
-        session.journal.append(
-            FlowOpened(
-                flow_id=flow_id,
-                service=section.service,
-                fingerprint=spec.fingerprint(),
-                instruction=spec.instruction,
-                min_votes=spec.responses.min,
-                desired_votes=spec.responses.desired,
-                max_votes=spec.responses.max,
-                ttl_s=spec.ttl_s,
-            )
+        _record(session, spec, section.service, flow.flow_id)
+        summary = {"flow_id": flow.flow_id, "service": section.service, "adopted": str(flow.adopted).lower()}
+        return {**session.finish({**summary}), "adopted": flow.adopted, **said}
+
+
+def _record(session: Session, spec: FlowSpec, service: str, flow_id: str) -> None:
+    session.journal.append(
+        FlowOpened(
+            flow_id=flow_id,
+            service=service,
+            fingerprint=spec.fingerprint(),
+            instruction=spec.instruction,
+            min_votes=spec.responses.min,
+            desired_votes=spec.responses.desired,
+            max_votes=spec.responses.max,
+            ttl_s=spec.ttl_s,
         )
-        return session.finish({"flow_id": flow_id, "service": section.service, "adopted": str(adopted).lower()})
+    )
 
 
-async def open_or_adopt(connect: Connect, spec: FlowSpec, fresh: bool = False) -> tuple[str, bool]:
+async def open_or_adopt(connect: Connect, spec: FlowSpec) -> tuple[str, bool]:
     """The id of the flow for `spec`, and whether it was there already."""
+    flow = await _open_or_adopt(connect, spec, new=False)
+    return flow.flow_id, flow.adopted
+
+
+async def _open_or_adopt(connect: Connect, spec: FlowSpec, new: bool) -> AtService:
     flow = connect()
     try:
-        if not fresh and (found := await flow.find_flow(spec)):
-            return found, True
-        return await flow.open_flow(spec), False
+        capabilities = await flow.capabilities()
+        found = None if new else await flow.find_flow(spec)
+        flow_id = found or await flow.open_flow(spec)
+        refusal = None
+        try:
+            await flow.preheat()
+        except FlowRefused as error:
+            refusal = str(error)
+        return AtService(flow_id, found is not None, capabilities, refusal)
     finally:
         await flow.close()

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.observe import Observer
+from rlhf_cli.journal.replay import replay
+from rlhf_cli.journal.run_dir import RunDir
+from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import eval, open_flow, run_online, sft, train_rm
@@ -29,7 +33,9 @@ def run(
         if section(loaded.recipe) is not None:
             for observer in observers:
                 observer.on_note(f"stage {name}")
-            results[name] = stage(loaded, path, observers, resume=resume, fresh=fresh)
+            # A flow that nothing will be sent to need not be there any more.
+            also = {"ask": fresh or not _is_done(loaded, path, "run-online")} if name == "open-flow" else {}
+            results[name] = stage(loaded, path, observers, resume=resume, fresh=fresh, **also)
     price = loaded.recipe.budget.usd_per_1k_votes
     votes = sum(float(r["votes"]) for r in results.values() if r.get("votes") is not None)
     last = list(results.values())[-1] if results else {}
@@ -40,3 +46,9 @@ def run(
         "cost_usd": votes * price / 1000,
         "seconds": sum(r["seconds"] for r in results.values()),
     }
+
+
+def _is_done(loaded: LoadedRecipe, path: Path, stage: Stage) -> bool:
+    """Whether the journal says that a stage was finished with the inputs of this recipe."""
+    done = replay(read(RunDir(path).journal)).stages.get(stage)
+    return done is not None and done.fingerprint == stage_fingerprint(loaded, stage)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.errors import (
     BudgetReached,
@@ -19,6 +21,8 @@ from rlhf_cli.errors import (
     Stopped,
     UsageError,
 )
+from rlhf_cli.feedback.abandon import abandon
+from rlhf_cli.feedback.recorded import RecordedFeedback, Recording
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.feedback.votes import VotesFeedback
 from rlhf_cli.journal.events import StageStarted
@@ -27,6 +31,7 @@ from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.learner.dpo import GroupDPOTrainer
 from rlhf_cli.online.checkpoint import Checkpoint, latest, partial_dir
+from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.online.stream import Stream
@@ -34,9 +39,12 @@ from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
-from rlhf_cli.stages.service import flow_service, flow_spec
+from rlhf_cli.stages.service import Connect, flow_service, flow_spec
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
 from rlhf_cli.types import Feedback
+
+ABANDON_S = 30.0
+"""How long ending the items of an attempt that is given up may take."""
 
 
 def run(
@@ -49,6 +57,7 @@ def run(
     with open_session("run-online", loaded, path, observers) as session, StopRequest().listening() as stop:
         if not fresh and (done := session.done(session.run.online_model)):
             return done
+        recording = _recording(session)
         state, checkpoint = _begin(session, resume, fresh)
         session.progress("loading the policy", 0, 1)
         policy = Policy(session.start_model(), recipe)
@@ -58,18 +67,19 @@ def run(
         for prompt in [*prompts, *(read_prompts(heldout) if heldout else [])]:
             policy.encode(prompt)  # one that is too long is found before anything is paid for
         _announce(session)
-        with _feedback(session, state) as feedback:
-            stream = Stream(
-                policy=policy,
-                feedback=feedback,
-                journal=session.journal,
-                state=state,
-                prompts=prompts,
-                recipe=recipe,
-                stop=stop,
-                observers=observers,
-                reward=reward_for_display(session)[0],
-            )
+        with _feedback(session, state, recording) as feedback:
+            given: dict[str, Any] = {
+                "policy": policy,
+                "feedback": feedback,
+                "journal": session.journal,
+                "state": state,
+                "prompts": prompts,
+                "recipe": recipe,
+                "stop": stop,
+                "observers": observers,
+                "reward": reward_for_display(session)[0],
+            }
+            stream = Stream(**given) if recording is None else RecordedStream(recording, **given)
             _train(session, stream, policy, checkpoint)
         with tempfile.TemporaryDirectory(dir=session.run.checkpoints) as scratch:
             policy.save(str(Path(scratch) / "model"))
@@ -98,6 +108,8 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
         session.require("open-flow")
     else:
         session.require("train-rm", run.train_rm_model)
+    if fresh:
+        _abandon(session, state)
     attempt = max(1, state.attempt + (1 if fresh and state.groups else 0))
     if fresh and run.checkpoints.parent.exists():
         run.checkpoints.parent.rename(run.path / f"online.replaced-{time.time_ns()}")
@@ -109,6 +121,34 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
         _check_lineage(checkpoint, state)
     session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
     return session.state, checkpoint
+
+
+def _abandon(session: Session, state: RunState) -> None:
+    """End the items that people still vote on for the attempt that is given up; every vote on them would cost."""
+    open_groups = [group for group in state.open_groups if any(ask.dataset_id for ask in group.asks)]
+    recipe, flow = session.recipe, state.flow
+    if not open_groups or flow is None:
+        return
+    go_on = f"{len(open_groups)} items of the attempt before may go on until their time is over"
+    if recipe.flow is None or recipe.flow.service != flow.service:
+        session.note(f"{go_on}: they are at {flow.service}, which the recipe no longer names")
+        return
+
+    async def end(connect: Connect) -> int:
+        client = connect()
+        try:
+            async with asyncio.timeout(ABANDON_S):
+                return await abandon(client, flow.flow_id, open_groups, session.journal.append)
+        finally:
+            await client.close()
+
+    try:
+        with flow_service(recipe, session.run) as connect:
+            ended = asyncio.run(end(connect))
+    except (FlowUnavailable, FlowRefused, TimeoutError) as error:
+        session.note(f"{go_on}: {error or 'the service did not answer in time'}")
+    else:
+        session.note(f"ended {ended} items that people were still voting on for the attempt before")
 
 
 def _announce(session: Session) -> None:
@@ -140,8 +180,21 @@ def _check_lineage(checkpoint: Checkpoint, state: RunState) -> None:
         )
 
 
+def _recording(session: Session) -> Recording | None:
+    """The run whose votes are given again, where the recipe says `flow.service: replay`."""
+    flow, online = session.recipe.flow, session.recipe.run_online
+    assert online is not None
+    if online.feedback != "votes" or flow is None or flow.recording is None:
+        return None
+    if flow.recording.samefile(session.run.path):
+        raise UsageError(f"{session.run.path} cannot be its own recording; choose another folder with --run-dir")
+    recording = Recording.read(flow.recording / "journal.jsonl")
+    recording.steps_for(online.steps)
+    return recording
+
+
 @contextmanager
-def _feedback(session: Session, state: RunState) -> Iterator[Feedback]:
+def _feedback(session: Session, state: RunState, recording: Recording | None) -> Iterator[Feedback]:
     """Whoever compares the completions, asking again about the groups that were open when the last process ended."""
     recipe, online = session.recipe, session.recipe.run_online
     assert online is not None
@@ -150,10 +203,14 @@ def _feedback(session: Session, state: RunState) -> Iterator[Feedback]:
         by_model.resume(state.open_groups)
         yield by_model
         return
+    if recording is not None:
+        recorded = RecordedFeedback(recording, session.journal.append)
+        recorded.resume(state.open_groups)
+        yield recorded
+        return
     assert recipe.flow is not None
     assert state.flow is not None
     assert state.run_id is not None
-    assert online.incomplete != "resubmit_once"  # refused by the recipe
     with flow_service(recipe, session.run) as connect:
         votes = VotesFeedback(
             connect,
@@ -162,12 +219,14 @@ def _feedback(session: Session, state: RunState) -> Iterator[Feedback]:
             session.journal.append,
             run_id=state.run_id,
             incomplete=online.incomplete,
+            stop_when_decided=recipe.flow.stop_when_decided,
             settle_s=recipe.flow.settle_s,
             poll_s=recipe.flow.poll_s,
             votes_before=state.votes_total,
+            note=session.note,
         )
         try:
-            votes.resume(state.open_groups)
+            votes.resume(state.groups.values())
             yield votes
         finally:
             votes.close()
@@ -199,7 +258,7 @@ def _with_what_was_kept(error: RlhfError, session: Session, stream: Stream) -> R
         f"{error}\n{stream.step} of {online.steps} steps are done and saved, "
         f"{stream.feedback.status().get('flow/votes_total', 0):.0f} votes are kept, "
         f"{stream.outstanding} groups are still out for votes.\n"
-        f"go on with: rlhf run-online {session.loaded.path} --run-dir {session.run.path} --resume"
+        f"go on with: {session.loaded.command('run-online', '--run-dir', str(session.run.path), '--resume')}"
     )
     if isinstance(error, Stopped):
         return Stopped(kept, error.exit_code - 128)

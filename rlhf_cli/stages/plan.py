@@ -1,0 +1,248 @@
+"""`rlhf plan`: what a recipe will ask, cost and be able to show, before anything is spent. No torch, no network."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import CredentialsError, FlowUnavailable
+from rlhf_cli.flow.base import FlowSpec
+from rlhf_cli.journal.journal import read
+from rlhf_cli.journal.replay import RunState, replay
+from rlhf_cli.journal.run_dir import RunDir
+from rlhf_cli.ranking.intervals import detectable_win_rate
+from rlhf_cli.recipe.data import read_conversations, read_prompts, read_voted_groups
+from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
+from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.recipe.schema import Crowd, Recipe
+from rlhf_cli.server.store import Store
+from rlhf_cli.stages.asking import changes, expected_votes, flow_facts, known_capabilities, reason, usd
+from rlhf_cli.stages.service import flow_service, flow_spec
+
+NORMAL_95 = 1.6449
+"""Standard normal quantile: between the median and the 95th percentile of a lognormal lie so many deviations."""
+
+
+def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
+    """The plan as one JSON document; figures that cannot be known are None or left out, and a note says so.
+
+    Raises:
+        FlowRefused: The service would refuse a number of the recipe.
+    """
+    recipe, state = loaded.recipe, replay(read(RunDir(path).journal))
+    document: dict[str, Any] = {
+        "name": recipe.name,
+        "run_dir": str(path),
+        "stages": _stages(loaded, state),
+        "data": _data(recipe),
+    }
+    notes: list[str] = []
+    if recipe.flow is not None:
+        document["flow"] = {
+            "service": recipe.flow.service,
+            "would": would(recipe, state),
+            **flow_facts(recipe),
+        }
+    asks_online = recipe.run_online is not None and recipe.run_online.feedback == "votes"
+    asks_eval = recipe.eval is not None and recipe.eval.judge in ("crowd", "flow")
+    if recipe.run_online is not None:
+        groups = recipe.run_online.steps * recipe.run_online.prompts_per_step
+        document["run_online"] = {
+            "steps": recipe.run_online.steps,
+            "groups": groups,
+            "completions": groups * recipe.run_online.group_size,
+            "rounds_of_prompts": groups / document["data"]["prompts"],
+            **(_votes(recipe, groups) if asks_online else {}),
+        }
+    if recipe.eval is not None:
+        prompts = document["data"]["heldout_prompts"]
+        pairs = prompts * recipe.eval.answers_per_prompt
+        document["eval"] = {"prompts": prompts, "pairs": pairs, **(_votes(recipe, pairs) if asks_eval else {})}
+        each = document["eval"].get("votes", {}).get("expected", pairs) / pairs * recipe.eval.answers_per_prompt
+        document["eval"]["detectable_win_rate"] = {
+            "votes_independent": detectable_win_rate(prompts, each),
+            "prompt_decides": detectable_win_rate(prompts, 1),
+        }
+        notes.append(
+            "eval finds a true win rate of detectable_win_rate with 80 % probability: the first where every vote is a "
+            "new opinion, the second where all votes on a prompt agree; the truth lies between"
+        )
+    asked = [document[part] for part in ("run_online", "eval") if "votes" in document.get(part, {})]
+    if asked:
+        document["total"] = _total(asked)
+        document["time"] = _time(recipe, document["total"]["votes"]["expected"], notes)
+        if recipe.flow is not None and recipe.flow.service == "replay":
+            notes.append("replay: these votes were given before; nobody is asked, nothing is paid")
+        elif document["total"]["usd"]["max"] is None:
+            notes.append("unknown price: set budget.usd_per_1k_votes to see the cost")
+        if asks_online:
+            notes += _budget(recipe, document["run_online"])
+    document["notes"] = [*notes, "not checked: memory, tokenizer and chat template, which need the model"]
+    return document
+
+
+def would(recipe: Recipe, state: RunState) -> str:
+    """What open-flow would do, by the journal alone."""
+    assert recipe.flow is not None
+    if recipe.flow.service == "replay":
+        return f"give the votes of {recipe.flow.recording} again"
+    if state.flow is None:
+        return "open a flow, or adopt one that asks the same"
+    if changed := changes(state.flow, flow_spec(recipe), recipe.flow.service):
+        return f"open another flow, or adopt one that asks the same: {'; '.join(changed)}"
+    return f"adopt flow {state.flow.flow_id}, if it is still at the service"
+
+
+def flow_plan(loaded: LoadedRecipe, path: Path, *, new: bool = False) -> dict[str, Any]:
+    """What open-flow would do; the service is asked where that creates nothing and the credentials are there."""
+    recipe, run = loaded.recipe, RunDir(path)
+    section, state = recipe.flow, replay(read(run.journal))
+    assert section is not None
+    facts = {"service": section.service, **flow_facts(recipe)}
+    if section.service == "replay":
+        return {"would": would(recipe, state), **facts}
+    try:
+        found = None if new else _look(recipe, run)
+    except (CredentialsError, FlowUnavailable) as error:
+        return {"would": would(recipe, state), "not_asked": str(error), **facts}
+    why = reason(state.flow, flow_spec(recipe), section.service, found, new=new)
+    return {"would": f"adopt flow {found}" if found else "open a new flow", "why": why, **facts}
+
+
+def _look(recipe: Recipe, run: RunDir) -> str | None:
+    """The id of a flow at the service that asks the same."""
+    assert recipe.flow is not None
+    if recipe.flow.service == "embedded":
+        return _in_store(run.flow_store, flow_spec(recipe))
+
+    async def find() -> str | None:
+        flow = connect()
+        try:
+            return await flow.find_flow(flow_spec(recipe))
+        finally:
+            await flow.close()
+
+    with flow_service(recipe, run) as connect:
+        return asyncio.run(find())
+
+
+def _in_store(path: Path, spec: FlowSpec) -> str | None:
+    """The same for an embedded server, which need not run, and may run for somebody else."""
+    if not path.exists():
+        return None
+    with closing(Store(path)) as store:
+        _, flows = store.flows(spec.title, 0, 1000, newest_first=True)
+    same = [
+        f.id for f in flows if (f.name, f.instruction, f.responses) == (spec.title, spec.instruction, spec.responses)
+    ]
+    return same[0] if same else None
+
+
+def _stages(loaded: LoadedRecipe, state: RunState) -> dict[str, str]:
+    recipe, found = loaded.recipe, dict[str, str]()
+    sections: list[tuple[Stage, object]] = [
+        ("sft", recipe.sft),
+        ("train-rm", recipe.train_rm),
+        ("open-flow", recipe.flow),
+        ("run-online", recipe.run_online),
+        ("eval", recipe.eval),
+    ]
+    for name, section in sections:
+        if section is None:
+            continue
+        done = state.stages.get(name)
+        attempt = f"/{state.attempt}" if name == "eval" else ""
+        if done is None:
+            found[name] = "started, not finished" if state.current and state.current.stage == name else "to do"
+        else:
+            same = done.fingerprint == stage_fingerprint(loaded, name) + attempt
+            found[name] = "done" if same else "to do again: its inputs changed"
+    return found
+
+
+def _data(recipe: Recipe) -> dict[str, int]:
+    """Rows of the data files."""
+    found = {"prompts": len(read_prompts(recipe.data.prompts))}
+    if recipe.data.heldout_prompts is not None:
+        found["heldout_prompts"] = len(read_prompts(recipe.data.heldout_prompts))
+    if recipe.sft is not None:
+        found["sft"] = len(read_conversations(recipe.sft.dataset))
+    if recipe.train_rm is not None:
+        found["train_rm"] = len(read_voted_groups(recipe.train_rm.dataset))
+    return found
+
+
+def _votes(recipe: Recipe, items: int) -> dict[str, Any]:
+    """Votes and money for so many items; `expected` where all get enough time."""
+    assert recipe.flow is not None
+    responses = recipe.flow.responses
+    each = {
+        "min": responses.min,
+        "expected": expected_votes(recipe, known_capabilities(recipe.flow.service)),
+        "max": responses.max,
+    }
+    return {
+        "votes": {name: items * count for name, count in each.items()},
+        "usd": {name: usd(recipe, items * count) for name, count in each.items()},
+    }
+
+
+def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    votes = {name: sum(part["votes"][name] for part in parts) for name in ("min", "expected", "max")}
+    costs = {name: [part["usd"][name] for part in parts] for name in votes}
+    return {
+        "votes": votes,
+        "usd": {name: None if None in values else sum(values) for name, values in costs.items()},
+    }
+
+
+def _time(recipe: Recipe, votes: int, notes: list[str]) -> dict[str, float | None]:
+    """Seconds that voting takes, where that can be known."""
+    assert recipe.flow is not None
+    longest: float | None = None
+    if recipe.run_online is not None and recipe.run_online.feedback == "votes":
+        online = recipe.run_online
+        ahead = min(online.max_in_flight, (online.staleness.max_steps + 1) * online.prompts_per_step)
+        longest = math.ceil(online.steps * online.prompts_per_step / ahead) * recipe.flow.ttl_s
+    notes.append("time of generation and training is not known before the first steps; it overlaps with voting")
+    if recipe.flow.service == "replay":
+        return {"voting_s": 0.0, "voting_longest_s": 0.0}
+    if recipe.flow.crowd is None:
+        notes.append(f"how fast people vote is not known: {votes} votes at 10 a minute take {votes / 600:.1f} h")
+        return {"voting_s": None, "voting_longest_s": longest}
+    return {"voting_s": votes / _votes_per_s(recipe.flow.crowd), "voting_longest_s": longest}
+
+
+def _votes_per_s(crowd: Crowd) -> float:
+    """Of simulated raters who always have a pair: their answer times are lognormal."""
+    p50, p95 = max(crowd.latency_s.p50, 1e-3), max(crowd.latency_s.p95, 1e-3)
+    mean_s = p50 * math.exp((math.log(p95 / p50) / NORMAL_95) ** 2 / 2)
+    return crowd.raters * (1 - crowd.dropout) / mean_s
+
+
+def _budget(recipe: Recipe, online: dict[str, Any]) -> list[str]:
+    """What of `budget` the votes of run-online would reach; the loop counts the maximum of what is in flight."""
+    assert recipe.run_online is not None
+    budget, found = recipe.budget, []
+    limits = {"votes": (budget.votes, online["votes"]), "usd": (budget.usd, online["usd"])}
+    for name, (limit, planned) in limits.items():
+        if limit is None or planned["max"] is None:
+            continue
+        per_group = planned["max"] / online["groups"]
+        if per_group > limit:
+            found.append(f"budget.{name} of {limit:g} does not pay for one group of {per_group:g}: nothing would train")
+        elif planned["expected"] > limit:
+            steps = int(limit / (planned["expected"] / recipe.run_online.steps))
+            found.append(
+                f"budget.{name} of {limit:g} is less than the {planned['expected']:g} that run-online is expected to "
+                f"use: it ends (exit code 6) after about step {steps} of {recipe.run_online.steps}"
+            )
+        elif planned["max"] > limit:
+            found.append(
+                f"budget.{name} of {limit:g} pays for the expected {planned['expected']:g}, "
+                f"not for the most that run-online may use, {planned['max']:g}"
+            )
+    return found
