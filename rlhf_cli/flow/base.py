@@ -158,6 +158,9 @@ class Flow(Protocol):
     async def find_flow(self, spec: FlowSpec) -> str | None:
         """The id of the newest flow with the fingerprint of `spec`, if there is one."""
 
+    async def asks(self, flow_id: str, spec: FlowSpec) -> bool:
+        """Whether that flow is still there and asks what `spec` says."""
+
     async def update_flow(self, flow_id: str, spec: FlowSpec) -> None:
         """Ask the question of `spec` as often as it says in items created from now on; the flow's name stays."""
 

@@ -125,9 +125,14 @@ class FlowClient:
         marker = spec.title.removeprefix(spec.name).strip()
         async for page in self._pages("/flow", wire.Page[wire.FlowRow], {"name[contains]": marker}):
             for row in page.items:
-                if row.name == spec.title and await self._still_asks(row.id, spec):
+                if row.name == spec.title and await self.asks(row.id, spec):
                     return row.id
         return None
+
+    async def asks(self, flow_id: str, spec: FlowSpec) -> bool:
+        flow = await self._calls.find(f"/flow/{_id(flow_id)}", wire.FlowDocument, absent=404)
+        wanted = (spec.instruction, spec.responses.min, spec.responses.max)
+        return flow is not None and (flow.criteria, flow.min_responses, flow.max_responses) == wanted
 
     async def update_flow(self, flow_id: str, spec: FlowSpec) -> None:
         body = wire.UpdateFlow(
@@ -245,12 +250,6 @@ class FlowClient:
     async def _desired(self, spec: FlowSpec) -> int | None:
         """Where the service may stop asking. The vendor has the member, but only stops serving there: see `mapping`."""
         return spec.responses.desired if (await self.capabilities()).desired else None
-
-    async def _still_asks(self, flow_id: str, spec: FlowSpec) -> bool:
-        """Whether a flow found by name was not changed since."""
-        flow = await self._calls.find(f"/flow/{_id(flow_id)}", wire.FlowDocument, absent=404)
-        wanted = (spec.instruction, spec.responses.min, spec.responses.max)
-        return flow is not None and (flow.criteria, flow.min_responses, flow.max_responses) == wanted
 
     async def _add(self, dataset_id: str, place: int, asset: Asset, uploaded: str | None) -> str:
         name = identifier(dataset_id, place)

@@ -388,6 +388,18 @@ class CapabilityDocument(Body):
         return Capabilities(**known | {"ttl_max_s": math.inf if self.ttl_max_s is None else self.ttl_max_s})
 
 
+OURS = Capabilities(
+    idempotency=True,
+    desired=True,
+    live_votes=True,
+    raw_votes=True,
+    list_filter=True,
+    ttl_max_s=MAX_TTL_S,
+    max_candidates=MAX_CANDIDATES,
+)
+"""What our server offers in this version."""
+
+
 class Lease(Body):
     """One pair for one rater: what a person sees, and nothing that tells the candidates apart otherwise."""
 

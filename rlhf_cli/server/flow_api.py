@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -149,15 +149,7 @@ async def preheat(request: Request, store: Store, _: Token) -> Response:
 
 
 async def capabilities(request: Request) -> Response:
-    document = wire.CapabilityDocument(
-        idempotency=True,
-        desired=True,
-        live_votes=True,
-        raw_votes=True,
-        list_filter=True,
-        ttl_max_s=wire.MAX_TTL_S,
-        max_candidates=wire.MAX_CANDIDATES,
-    )
+    document = wire.CapabilityDocument(**asdict(wire.OURS))
     return JSONResponse(document.to_json())
 
 

@@ -9,6 +9,7 @@ from rlhf_cli.flow.base import Flow, FlowSpec, Responses
 from rlhf_cli.flow.bodies import keep_bodies
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.credentials import Credentials, credentials_from_environment
+from rlhf_cli.flow.http import PATIENT, Patience
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.schema import Recipe
@@ -28,29 +29,33 @@ def flow_spec(recipe: Recipe) -> FlowSpec:
 
 
 @contextmanager
-def flow_service(recipe: Recipe, run: RunDir) -> Iterator[Connect]:
+def flow_service(recipe: Recipe, run: RunDir, *, outage_s: float = PATIENT.outage_s) -> Iterator[Connect]:
     """Reach the recipe's service for the length of the block; `embedded` is started, and stopped at its end.
+
+    Args:
+        outage_s: How long the service may be unreachable before the stage ends; a run has time, a command has not.
 
     Raises:
         CredentialsError: The environment does not hold them.
     """
     section = recipe.flow
     assert section is not None
-    on_body = keep_bodies(run.flow_bodies)
+    on_body, patience = keep_bodies(run.flow_bodies), Patience(outage_s=outage_s)
     if section.service == "embedded":
         with EmbeddedFlow(run.flow_store, crowd_settings(section.crowd), recipe.seed) as server:
             credentials = Credentials(server.client_id, server.client_secret)
-            yield lambda: FlowClient(server.url, credentials, on_body=on_body)
+            yield lambda: FlowClient(server.url, credentials, patience=patience, on_body=on_body)
         return
     credentials = credentials_from_environment(
         section.client_id_env or "RAPIDATA_CLIENT_ID",
         section.client_secret_env or "RAPIDATA_CLIENT_SECRET",
         section.token_env,
+        auth_url="https://auth.rapidata.ai" if section.service == "rapidata" else None,
     )
     if section.service == "rapidata":
-        yield lambda: FlowClient.rapidata(credentials, on_body=on_body)
+        yield lambda: FlowClient.rapidata(credentials, patience=patience, on_body=on_body)
     else:
-        yield lambda: FlowClient(section.service, credentials, on_body=on_body)
+        yield lambda: FlowClient(section.service, credentials, patience=patience, on_body=on_body)
 
 
 def crowd_settings(section: schema.Crowd | None) -> CrowdSettings | None:

@@ -12,6 +12,7 @@ from rlhf_cli.errors import CredentialsError, FlowRefused
 from rlhf_cli.flow.base import Capabilities, FlowSpec, ItemState, Responses
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.credentials import Credentials
+from rlhf_cli.flow.wire import OURS
 from rlhf_cli.server.app import create_app
 from rlhf_cli.server.store import Store
 
@@ -35,11 +36,7 @@ async def test_a_group_becomes_an_item_and_its_votes_come_back_in_the_callers_or
 
 async def test_our_server_is_asked_what_it_can_do_and_shows_votes_while_they_come_in(world: World) -> None:
     client = world.client()
-    assert await client.capabilities() == Capabilities(
-        **dict.fromkeys(("idempotency", "desired", "live_votes", "raw_votes", "list_filter"), True),
-        ttl_max_s=7 * 86400,
-        max_candidates=16,
-    )
+    assert await client.capabilities() == OURS
     flow_id = await client.open_flow(SPEC)
     item_id = await world.item(client, flow_id, TEXTS)
     world.vote(1)
