@@ -66,6 +66,10 @@ class Seen:
 def panel(seen: Seen, width: int) -> list[Text]:
     """The picture, at most `width` columns wide; rows of which nothing is known yet are left out."""
     lines = [_head(seen, width)]
+    if seen.now.get("flow/circuit_open"):
+        lines.append(
+            _row("service", (f"unreachable for {seen.now['flow/unreachable_s']:.0f} s, asking again", "yellow"))
+        )
     if "run/steps_total" in seen.now or seen.step:
         lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_pace(seen, width)]
     for line in lines:

@@ -70,7 +70,10 @@ class PlainLines(Lines):
     def on_status(self, row: Mapping[str, float]) -> None:
         self._steps = row.get("run/steps_total", self._steps)
         if self._clock() - self._last_line >= HEARTBEAT_EVERY_S:
-            self.write(f"waiting step={self._of_total(self._step + 1)} {_pairs(row, _HEARTBEAT)}".rstrip())
+            line = f"waiting step={self._of_total(self._step + 1)} {_pairs(row, _HEARTBEAT)}".rstrip()
+            if unreachable_s := row.get("flow/unreachable_s"):
+                line += f" unreachable_s={unreachable_s:.0f}"
+            self.write(line)
 
     def on_progress(self, task: str, done: float, total: float | None) -> None:
         now = self._clock()

@@ -97,6 +97,20 @@ def test_plain_mode_writes_one_line_a_step() -> None:
     )
 
 
+def test_a_service_that_does_not_answer_is_shown_until_it_does() -> None:
+    seen = seen_run()
+    seen.status({"flow/circuit_open": 1.0, "flow/unreachable_s": 34.2})
+    assert "service unreachable for 34 s, asking again" in [line.plain for line in panel(seen, 100)]
+    seen.status({"flow/circuit_open": 0.0, "flow/unreachable_s": 0.0})
+    assert not any("unreachable" in line.plain for line in panel(seen, 100))
+
+    display, out, clock = plain()
+    for open_for_s in (34.2, 0.0):
+        clock.now += 31
+        display.on_status({"flow/in_flight": 3, "flow/unreachable_s": open_for_s})
+    assert out.getvalue() == "waiting step=1 in_flight=3 unreachable_s=34\nwaiting step=1 in_flight=3\n"
+
+
 def test_plain_mode_tells_stages_notes_and_the_end() -> None:
     display, out, _ = plain(
         StageStarted(stage="sft", fingerprint="f"),
