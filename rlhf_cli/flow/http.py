@@ -418,7 +418,7 @@ def http_date(value: str | None) -> datetime | None:
 def _check_address(url: str) -> None:
     try:
         parsed = httpx.URL(url)
-        fine = parsed.scheme in ("http", "https") and bool(parsed.host)
+        fine = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 1) < 1 << 16
     except httpx.InvalidURL:
         fine = False
     if not fine:
