@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_cli import __version__
-from rlhf_cli.cli import check, crowd, models, people, report, serve, stages, topics, vote
+from rlhf_cli.cli import check, crowd, models, people, report, serve, stages, topics, vote, votes
 from rlhf_cli.cli.crash import write_crash
 from rlhf_cli.cli.show import err
 from rlhf_cli.errors import RecipeError, RlhfError
@@ -55,6 +55,7 @@ serve.add_to(app)
 people.add_to(app)
 crowd.add_to(app)
 vote.add_to(app)
+votes.add_to(app)
 topics.add_to(app)
 
 

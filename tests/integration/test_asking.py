@@ -6,11 +6,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from cli_world import QUICK, SMOKE, Smoke, copy, count, events, refused, rlhf, stage, state, succeeded
+from cli_world import QUICK, Smoke, copy, count, events, stage, state, succeeded
 
-from rlhf_cli.journal import journal
-from rlhf_cli.journal.events import FlowOpened, GroupSampled, StepTrained
-from rlhf_cli.journal.replay import replay
+from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.run_dir import RunDir
 
 REPLAY = (*QUICK, "flow.service=replay", "flow.crowd.raters=24")
@@ -32,7 +30,10 @@ class TestOpenFlow:
     @pytest.mark.parametrize(
         ("change", "why"),
         [
-            ("flow.instruction=Which is longer?", "instruction changed from 'Which answer has more vowels?' to 'Which is"),
+            (
+                "flow.instruction=Which is longer?",
+                "instruction changed from 'Which answer has more vowels?' to 'Which is",
+            ),
             ("flow.responses.min=2", "responses.min changed from 3 to 2"),
             ("flow.ttl_s=30", "ttl_s changed from 20.0 to 30.0"),
             ("name=other", "name changed to 'other'"),
