@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,15 +162,6 @@ class Asking:
             self._failure = error
             self._end.set()
 
-    async def _together(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
-        async def one(part: Coroutine[Any, Any, None]) -> None:
-            async with self._looking:
-                await part
-
-        for result in await asyncio.gather(*map(one, work), return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
-
     async def _last_look(self) -> None:
         try:
             async with asyncio.timeout(CLOSING_S):
@@ -260,6 +251,7 @@ class Asking:
                 if bad_answers >= BAD_ANSWERS_IN_A_ROW:
                     raise
                 self._note(f"{error} Looking again.")
+            self._figures.tick(self._clock(), self._running())
             slower_s = min(1.5 * self._interval_s, SLOWEST_POLL * self._terms.poll_s)
             self._interval_s = self._terms.poll_s if changed else slower_s
 
@@ -268,22 +260,21 @@ class Asking:
         watched = [(asked, item) for asked in self._asked.values() for item in asked.items if not item.over]
         statuses = await self._flow.statuses(self._flow_id, [item.item_id for _, item in watched])
         before = [(item.state, item.votes) for _, item in watched]
-        for asked, item in watched:
-            if item.item_id not in statuses:
-                self._missing(asked, item)
-        await self._together(
-            self._follow(asked, item, statuses[item.item_id]) for asked, item in watched if item.item_id in statuses
+        results = await asyncio.gather(
+            *(self._follow(asked, item, statuses.get(item.item_id)) for asked, item in watched), return_exceptions=True
         )
-        self._figures.tick(self._clock(), self._running())
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
         return before != [(item.state, item.votes) for _, item in watched]
 
-    def _missing(self, asked: Asked, item: Item) -> None:
-        # A service may take a moment to show what it has just made, and a list may skip a row while it moves.
-        if self._clock() - item.seen_at > self._terms.settle_s + self._terms.poll_s:
-            self._lose(asked, item, f"the service no longer knows item {item.item_id}")
-
-    async def _follow(self, asked: Asked, item: Item, status: ItemStatus) -> None:
-        """Act on how an item stands now."""
+    async def _follow(self, asked: Asked, item: Item, status: ItemStatus | None) -> None:
+        """Act on how an item stands now; None where the service does not know it."""
+        if status is None:
+            # A service may take a moment to show what it has just made, and a list may skip a row while it moves.
+            if self._clock() - item.seen_at > self._terms.settle_s + self._terms.poll_s:
+                self._lose(asked, item, f"the service no longer knows item {item.item_id}")
+            return
         votes = item.votes if status.votes is None else float(status.votes)
         grown = votes > item.votes
         if votes < item.votes:
@@ -291,12 +282,13 @@ class Asking:
         if item.state is not None and item.state.terminal and not status.state.terminal:
             self._contradicted(asked, item, f"it was {item.state} and is {status.state} again")
         item.state, item.votes, item.seen_at = status.state, votes, self._clock()
-        if status.state.terminal:
-            await self._take(asked, item, status)
-        elif item.hurried_at is not None or self._clock() - item.since > self._spec.ttl_s + DRAIN_S:
-            await self._hurry(asked, item)
-        elif grown and not item.decided_early:
-            await self._stop_if_decided(asked, item)
+        async with self._looking:
+            if status.state.terminal:
+                await self._take(asked, item, status)
+            elif item.hurried_at is not None or self._clock() - item.since > self._spec.ttl_s + DRAIN_S:
+                await self._hurry(asked, item)
+            elif grown and not item.decided_early:
+                await self._stop_if_decided(asked, item)
 
     async def _hurry(self, asked: Asked, item: Item) -> None:
         """End an item that its service forgot to end, by our own clock: theirs may be off."""

@@ -144,7 +144,9 @@ class VotesFeedback:
             if self._end.is_set():
                 asking.end()
             await asking.run()
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             self._failure = error  # `collect` tells
             await self._end.wait()
         finally:

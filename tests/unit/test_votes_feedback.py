@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import httpx
 import pytest
 from flow_world import PLAIN, Clock, Faulty, World, group, until
 
 from rlhf_cli.errors import CredentialsError, FlowRefused, FlowUnavailable
+from rlhf_cli.feedback.abandon import abandon
+from rlhf_cli.feedback.asking import SWEEP_S
 from rlhf_cli.feedback.items import Shown
 from rlhf_cli.feedback.votes import DRAIN_S, SLACK_S, VotesFeedback
 from rlhf_cli.flow.base import Capabilities, FlowSpec, ItemState, Responses
 from rlhf_cli.flow.credentials import Credentials
-from rlhf_cli.journal.events import Event, GroupRanked, GroupSampled, GroupSetAside, GroupSubmitted
+from rlhf_cli.journal.events import (
+    DatasetCreated,
+    Event,
+    GroupIntended,
+    GroupRanked,
+    GroupSampled,
+    GroupSetAside,
+    GroupSubmitted,
+    ItemDoubled,
+    ItemEnded,
+    ItemStopped,
+    SnapshotContradicted,
+    VotesLate,
+)
 from rlhf_cli.journal.journal import Entry
-from rlhf_cli.journal.replay import GroupState, replay
+from rlhf_cli.journal.replay import GroupState, RunState, replay
 from rlhf_cli.server.app import create_app
 from rlhf_cli.server.store import Store
 from rlhf_cli.types import Feedback, Group, RankedGroup, Unranked, WinMatrix
 
 SPEC = FlowSpec("run", "Which?", Responses(2, 3, 3), ttl_s=60)
 TEXTS = ["a", "bb", "ccc", "dddd"]
+T = TypeVar("T")
 SERVICES = pytest.mark.parametrize("capabilities", [None, PLAIN], ids=["with keys", "plain"])
 
 
@@ -35,13 +53,15 @@ class Asking:
     def __init__(
         self, world: World, disk: list[Event], flow_id: str, capabilities: Capabilities | None = None, **options: object
     ) -> None:
-        self.disk = disk
+        self.disk, self.flow_id = disk, flow_id
+        self.notes: list[str] = []
         record: Callable[[Event], object] = options.pop("journal", disk.append)  # type: ignore[assignment]
-        settings = {"run_id": "run", "poll_s": 0.005, "settle_s": 0.0, **options}
+        spec = options.pop("spec", SPEC)
+        settings = {"run_id": "run", "poll_s": 0.005, "settle_s": 0.0, "note": self.notes.append, **options}
         self.feedback = VotesFeedback(
             lambda: world.client(capabilities),
             flow_id,
-            SPEC,
+            spec,  # type: ignore[arg-type]
             record,
             **settings,  # type: ignore[arg-type]
         )
@@ -63,13 +83,38 @@ class Asking:
 
 @contextmanager
 def asking(world: World, capabilities: Capabilities | None = None, **options: object) -> Iterator[Asking]:
-    one = Asking(world, [], world.open_flow(SPEC), capabilities, **options)
+    one = Asking(world, [], world.open_flow(options.get("spec", SPEC)), capabilities, **options)  # type: ignore[arg-type]
     yield one
     one.feedback.close()
 
 
+def run_state(disk: list[Event]) -> RunState:
+    return replay(Entry(seq, 0.0, event) for seq, event in enumerate(disk))
+
+
 def state(disk: list[Event]) -> list[GroupState]:
-    return list(replay(Entry(seq, 0.0, event) for seq, event in enumerate(disk)).open_groups)
+    return list(run_state(disk).open_groups)
+
+
+def events(asked: Asking, kind: type[T]) -> list[T]:
+    return [event for event in asked.disk if isinstance(event, kind)]
+
+
+def say(world: World, data: list[list[float]] | None = None, **told: object) -> None:
+    """From now on, the service shows this matrix, and items with these members."""
+
+    def before_or_after(request: httpx.Request, response: httpx.Response) -> httpx.Response | None:
+        body = response.json() if response.status_code == 200 and request.method == "GET" else {}
+        if "index" in body and data is not None:
+            body["data"] = data
+        elif "state" in body or "items" in body:
+            for item in body.get("items", [body]):
+                item |= {"votes": None, **told}
+        else:
+            return None
+        return httpx.Response(200, json=body)
+
+    world.transport.after = before_or_after
 
 
 def submitted(world: World, asked: Asking, count: int = 1) -> list[str]:
@@ -426,6 +471,392 @@ def test_a_failed_item_is_set_aside_with_the_reason_of_the_service(world: World)
         until(lambda: asked.has(1))
         assert isinstance(asked.decided[0], Unranked)
         assert "no people today" in asked.decided[0].reason
+
+
+@pytest.mark.parametrize("told", [{"state": "Failed", "failureMessage": "no people today", "votes": 2}])
+def test_the_paid_part_of_a_failed_item_is_counted(world: World, told: dict[str, object]) -> None:
+    def fail(request: httpx.Request, response: httpx.Response) -> httpx.Response | None:
+        if request.url.path.endswith("vote-matrix"):
+            return httpx.Response(409)
+        if "/item/" in request.url.path and request.method == "GET":
+            return httpx.Response(200, json=response.json() | told)
+        return None
+
+    world.transport.after = fail
+    with asking(world) as asked:
+        asked.submit(group(0, TEXTS))
+        until(lambda: asked.has(1))
+        (aside,) = asked.decided
+        assert isinstance(aside, Unranked)
+        assert "no people today" in aside.reason
+        (ended,) = events(asked, ItemEnded)
+        assert (ended.state, ended.votes, ended.wins) == ("Failed", 2, None)
+        assert asked.feedback.status()["flow/votes_total"] == run_state(asked.disk).votes_total == 2
+
+
+def test_one_answer_to_a_poll_that_makes_no_sense_is_asked_again_and_three_in_a_row_are_not(world: World) -> None:
+    garbled = iter([b"<html>"])
+
+    def garble(request: httpx.Request) -> httpx.Response | None:
+        wrong = request.method == "GET" and "/item/" in request.url.path
+        return httpx.Response(200, content=one) if wrong and (one := next(garbled, None)) else None
+
+    with asking(world) as asked:
+        asked.submit(group(0, TEXTS))
+        submitted(world, asked)
+        world.transport.before = garble
+        until(lambda: asked.notes)
+        world.vote(3)
+        until(lambda: asked.has(1))
+        assert isinstance(asked.decided[0], RankedGroup)
+        garbled = itertools.repeat(b"<html>")  # type: ignore[assignment]
+        asked.submit(group(1, TEXTS))
+        assert isinstance(asked.error(), FlowRefused)
+
+
+def test_results_come_out_once_each_to_its_own_group_in_any_order(world: World) -> None:
+    with asking(world) as asked:
+        for number in range(3):
+            asked.submit(group(number, TEXTS))
+        item_ids = submitted(world, asked, 3)
+        of_item = {event.item_id: event.group_id for event in events(asked, GroupSubmitted)}
+        world.store.stop(item_ids[1])  # without votes, before the others
+        until(lambda: asked.has(1))
+        world.vote(6)
+        until(lambda: asked.has(3))
+        assert asked.decided[0].group.id == of_item[item_ids[1]]
+        assert sorted(one.group.id for one in asked.decided) == ["g0", "g1", "g2"]
+        for ranked in asked.decided[1:]:
+            assert isinstance(ranked, RankedGroup)
+            item_id = ranked.source.removeprefix("item:")
+            assert (of_item[item_id], world.store.matrix(item_id)) == (ranked.group.id, ranked.wins)
+
+
+def test_a_terminal_state_that_reverts_is_written_down_and_the_group_is_decided_once(world: World) -> None:
+    with asking(world) as asked:
+        say(world, state="Completed")
+        asked.submit(group(0, TEXTS))
+        submitted(world, asked)
+        until(lambda: world.transport.count("GET", "vote-matrix") > 1)  # 409: there is no snapshot yet
+        say(world, state="Running")
+        until(lambda: events(asked, SnapshotContradicted))
+        world.vote(3)
+        world.transport.after = lambda request, response: None
+        until(lambda: asked.has(1))
+        assert "was Completed and is Running again" in events(asked, SnapshotContradicted)[0].what
+        assert len(events(asked, GroupRanked)) == 1
+        assert asked.feedback.status()["flow/votes_total"] == 3
+
+
+# Too few votes, and votes that come too late.
+
+
+@SERVICES
+@pytest.mark.parametrize("second", [0, 1, 3])
+def test_a_group_below_the_minimum_is_asked_about_once_more_and_never_a_third_time(
+    world: World, clock: Clock, capabilities: Capabilities | None, second: int
+) -> None:
+    with asking(world, capabilities, incomplete="resubmit_once") as asked:
+        asked.submit(group(0, TEXTS))
+        (first_id,) = submitted(world, asked)
+        world.vote(1)
+        clock.advance(61)
+        second_id = submitted(world, asked, 2)[1]
+        assert not asked.has(1)
+        assert asked.feedback.status()["flow/in_flight"] == 1
+        world.vote(second)
+        clock.advance(61)
+        until(lambda: asked.has(1))
+        (ranked,) = asked.decided
+        assert isinstance(ranked, RankedGroup)
+        assert ranked.source == f"item:{first_id}+{second_id}"
+        assert ranked.complete == (1 + second >= SPEC.responses.min)
+        wins = world.store.matrix(first_id).wins + world.store.matrix(second_id).wins
+        assert ranked.wins == WinMatrix(wins)
+        assert world.item_ids() == [first_id, second_id]
+        assert len({event.key for event in events(asked, GroupIntended)}) == 2
+        assert asked.feedback.status()["flow/votes_total"] == run_state(asked.disk).votes_total == 1 + second
+
+
+def test_an_item_that_is_only_out_of_sight_is_not_asked_about_again(world: World) -> None:
+    ours = Clock()
+    with asking(world, clock=ours, settle_s=5.0, incomplete="resubmit_once") as asked:
+        asked.submit(group(0, TEXTS))
+        (item_id,) = submitted(world, asked)
+        world.transport.before = lambda r: httpx.Response(404) if item_id in r.url.path else None
+        ours.advance(6)
+        until(lambda: asked.has(1))
+        assert asked.decided == [Unranked(group(0, TEXTS), f"the service no longer knows item {item_id}")]
+        assert world.item_ids() == [item_id]
+
+
+def decide_one(world: World, asked: Asking) -> tuple[str, RankedGroup, WinMatrix]:
+    """A group that people have decided; its item, its votes, and a matrix with one vote more."""
+    asked.submit(group(0, TEXTS))
+    (item_id,) = submitted(world, asked)
+    world.vote(3)
+    until(lambda: asked.has(1))
+    (ranked,) = asked.decided
+    assert isinstance(ranked, RankedGroup)
+    more = ranked.wins.wins.copy()
+    more[3, 0] += 1
+    return item_id, ranked, WinMatrix(more)
+
+
+@SERVICES
+@pytest.mark.parametrize("when", ["a drain time later", "at the end of the run", "after a restart"])
+def test_votes_after_the_decision_are_kept_counted_and_never_trained(
+    world: World, capabilities: Capabilities | None, when: str
+) -> None:
+    ours = Clock()
+    with asking(world, capabilities, clock=ours) as asked:
+        item_id, ranked, more = decide_one(world, asked)
+        if when == "after a restart":
+            asked.feedback.close()
+        say(world, more.wins.tolist())
+        if when == "a drain time later":
+            ours.advance(DRAIN_S + 1)
+            until(lambda: events(asked, VotesLate))
+            until(lambda: asked.feedback.status()["flow/late_votes_total"] == 1)
+            assert asked.feedback.status()["flow/votes_total"] == 4
+        asked.feedback.close()
+        if when == "after a restart":
+            assert not events(asked, VotesLate)
+            again = Asking(world, asked.disk, asked.flow_id, capabilities, votes_before=3, wall=lambda: 1.0)
+            again.feedback.resume(run_state(asked.disk).groups.values())
+            until(lambda: events(asked, VotesLate))
+            again.feedback.close()
+            assert not again.has(1)
+        (late,) = events(asked, VotesLate)
+        assert (late.group_id, late.item_id) == ("g0", item_id)
+        assert late.matrix().wins[3, 0] == late.matrix().votes == 1
+        known = run_state(asked.disk)
+        assert known.votes_total == 4
+        assert known.groups["g0"].ranked is not None
+        assert known.groups["g0"].ranked.matrix() == ranked.wins
+        assert not asked.has(2)
+
+
+def test_votes_that_a_service_takes_back_stay_as_they_were_first_seen(world: World) -> None:
+    ours = Clock()
+    with asking(world, clock=ours) as asked:
+        item_id, ranked, _ = decide_one(world, asked)
+        say(world, [[0.0] * 4] * 4)
+        ours.advance(DRAIN_S + 1)
+        until(lambda: events(asked, SnapshotContradicted))
+        (other,) = events(asked, SnapshotContradicted)
+        assert (other.item_id, other.wins) == (item_id, ((0.0,) * 4,) * 4)
+        until(lambda: any("What it said first counts" in note for note in asked.notes))
+        assert run_state(asked.disk).votes_total == 3
+        assert run_state(asked.disk).groups["g0"].ranked is not None
+        assert not asked.has(2)
+        assert ranked.wins.votes == 3
+
+
+def test_nothing_late_is_nothing_written(world: World) -> None:
+    ours = Clock()
+    with asking(world, clock=ours) as asked:
+        decide_one(world, asked)
+        count = len(asked.disk)
+        ours.advance(DRAIN_S + 1)
+        asked.feedback.close()
+        assert len(asked.disk) == count
+        assert asked.notes == []
+
+
+# Two items on one dataset.
+
+
+@pytest.mark.parametrize("known_is_older", [True, False])
+@pytest.mark.parametrize("restart", [False, True])
+def test_two_items_on_one_dataset_are_pooled_and_the_younger_is_stopped(
+    world: World, clock: Clock, known_is_older: bool, restart: bool
+) -> None:
+    ours, made = Clock(), list[str]()
+    flow_id, disk = world.open_flow(SPEC), list[Event]()
+
+    def another(request: httpx.Request) -> None:
+        if request.method == "POST" and request.url.path.endswith("/item") and not made and not known_is_older:
+            dataset_id = next(e.dataset_id for e in reversed(disk) if isinstance(e, DatasetCreated))
+            made.append(world.store.create_item(flow_id, dataset_id, "Why?", 60))
+            clock.advance(0.1)
+
+    world.transport.before = another
+    asked = Asking(world, disk, flow_id, PLAIN, clock=ours)
+    asked.submit(group(0, TEXTS))
+    (known,) = submitted(world, asked)
+    if known_is_older:
+        clock.advance(0.1)
+        made.append(world.store.create_item(flow_id, events(asked, DatasetCreated)[0].dataset_id, "Why?", 60))
+    older, younger = (known, made[0]) if known_is_older else (made[0], known)
+    paid = world.vote(4)  # three on one; one on the other, unless that was stopped already
+    if restart:
+        asked.feedback.close()
+        asked = Asking(world, disk, flow_id, PLAIN, clock=ours)
+        asked.feedback.resume(run_state(disk).groups.values())
+    else:
+        ours.advance(SWEEP_S + 1)
+    clock.advance(61)
+    until(lambda: asked.has(1))
+    until(lambda: events(asked, ItemDoubled))
+    asked.feedback.close()
+
+    (double,) = events(asked, ItemDoubled)
+    assert double.item_ids == (older, younger)
+    state = run_state(disk)
+    assert state.votes_total == paid  # none lost, none counted twice
+    assert len(events(asked, GroupRanked)) == 1
+    assert sum("made 2 items" in note for note in asked.notes) <= 1
+
+
+def test_a_double_found_while_people_vote_is_stopped_and_both_items_votes_train(world: World, clock: Clock) -> None:
+    ours = Clock()
+    with asking(world, PLAIN, clock=ours) as asked:
+        asked.submit(group(0, TEXTS))
+        (older,) = submitted(world, asked)
+        world.vote(1)
+        clock.advance(0.1)
+        younger = world.store.create_item(asked.flow_id, events(asked, DatasetCreated)[0].dataset_id, "Why?", 60)
+        ours.advance(SWEEP_S + 1)
+        until(lambda: events(asked, ItemStopped))
+        assert [event.item_id for event in events(asked, ItemStopped)] == [younger]
+        assert world.store.item(younger).state is ItemState.STOPPED
+        world.vote(2)
+        until(lambda: asked.has(1))
+        (ranked,) = asked.decided
+        assert isinstance(ranked, RankedGroup)
+        assert ranked.source == f"item:{older}+{younger}"
+        assert ranked.wins == world.store.matrix(older)
+        status = asked.feedback.status()
+        assert (status["flow/doubles_total"], status["flow/orphans_total"], status["flow/votes_total"]) == (1, 1, 3)
+        (note,) = asked.notes  # once
+        assert older in note
+        assert younger in note
+
+
+def test_an_item_found_after_the_decision_is_stopped_and_its_votes_are_late(world: World, clock: Clock) -> None:
+    ours = Clock()
+    with asking(world, PLAIN, clock=ours) as asked:
+        decide_one(world, asked)
+        clock.advance(0.1)
+        dataset_id = events(asked, DatasetCreated)[0].dataset_id
+        orphan = world.store.create_item(asked.flow_id, dataset_id, "Why?", 60)
+        world.vote(2)
+        ours.advance(SWEEP_S + 1)
+        until(lambda: events(asked, ItemStopped))
+        asked.feedback.close()
+        assert [event.item_id for event in events(asked, ItemStopped)] == [orphan]
+        (late,) = events(asked, VotesLate)
+        assert (late.item_id, late.matrix()) == (orphan, world.store.matrix(orphan))
+        assert run_state(asked.disk).votes_total == 5
+
+
+def test_items_of_other_runs_in_the_same_flow_are_left_alone(world: World) -> None:
+    ours = Clock()
+    with asking(world, PLAIN, clock=ours) as asked:
+        theirs = world.store.create_dataset("another run's")
+        for i, text in enumerate(TEXTS):
+            world.store.add_datapoint(theirs, i, text)
+        item_id = world.store.create_item(asked.flow_id, theirs, "Why?", 600)
+        asked.submit(group(0, TEXTS))
+        submitted(world, asked)
+        lists = world.transport.count("GET", "/item")
+        ours.advance(SWEEP_S + 1)
+        until(lambda: world.transport.count("GET", "/item") > lists)
+        asked.feedback.close()
+        assert not world.store.item(item_id).state.terminal
+        assert not events(asked, ItemDoubled)
+
+
+# Enough votes before the last.
+
+
+LONG = FlowSpec("run", "Which?", Responses(4, 40, 40), ttl_s=60)
+
+
+def test_an_item_ends_early_once_its_votes_have_decided(world: World) -> None:
+    with asking(world, spec=LONG, stop_when_decided=0.9) as asked:
+        asked.submit(group(0, ["a", "bb"]))
+        (item_id,) = submitted(world, asked)
+        world.vote(3)
+        until(lambda: asked.feedback.status()["flow/votes_total"] == 3)
+        assert not asked.has(1)
+        until(lambda: world.vote(1) == 0 or asked.has(1))
+        until(lambda: asked.has(1))
+        (ranked,) = asked.decided
+        assert isinstance(ranked, RankedGroup)
+        assert ranked.complete
+        assert 4 <= ranked.wins.votes < 40
+        assert world.store.item(item_id).state is ItemState.STOPPED
+        assert asked.feedback.status()["flow/votes_saved_total"] == 40 - ranked.wins.votes
+        assert events(asked, ItemStopped) == [
+            ItemStopped(group_id="g0", item_id=item_id, reason="the ranking is decided")
+        ]
+
+
+def test_partial_votes_are_asked_for_only_where_their_number_grew(world: World) -> None:
+    with asking(world, spec=LONG, stop_when_decided=0.999) as asked:
+        asked.submit(group(0, ["a", "bb"]))
+        submitted(world, asked)
+        world.vote(4)
+        until(lambda: world.transport.count("GET", "vote-matrix"))
+        polls = len(world.transport.requests)
+        until(lambda: len(world.transport.requests) > polls + 5)
+        assert world.transport.count("GET", "vote-matrix") == 1
+
+
+def test_stopping_early_is_refused_before_anything_is_paid_where_votes_are_not_shown(world: World) -> None:
+    with asking(world, PLAIN, stop_when_decided=0.9) as asked:
+        asked.submit(group(0, TEXTS))
+        error = asked.error()
+        assert isinstance(error, FlowRefused)
+        assert "flow.stop_when_decided" in str(error)
+        assert world.transport.count("POST", "/dataset") == 0
+
+
+# The trainer's side, and starting over.
+
+
+def test_the_trainer_waits_for_no_disk(world: World) -> None:
+    disk_is_slow, calls_done = threading.Event(), threading.Event()
+    waited: list[bool] = []
+
+    def journal(event: Event) -> None:
+        disk_is_slow.set()
+        waited.append(calls_done.wait(10))
+
+    with asking(world, journal=journal) as asked:
+        asked.submit(group(0, TEXTS))
+        assert disk_is_slow.wait(10)
+        asked.submit(group(1, TEXTS))
+        status = asked.feedback.status()
+        assert asked.feedback.collect() == []
+        calls_done.set()
+        assert (status["flow/in_flight"], status["flow/backlog"]) == (2, 2)
+        until(lambda: len(world.item_ids()) == 2)
+        until(lambda: asked.feedback.status()["flow/backlog"] == 0)
+    assert waited[0]  # not the ten seconds: the calls came back while the disk was still at it
+
+
+async def test_starting_over_ends_the_items_people_still_vote_on_and_keeps_what_was_paid(world: World) -> None:
+    flow_id, disk = world.open_flow(SPEC), list[Event]()
+    asked = Asking(world, disk, flow_id)
+    for number in range(3):
+        asked.submit(group(number, TEXTS))
+    item_ids = submitted(world, asked, 3)
+    asked.feedback.close()
+    disk.remove(next(e for e in disk if isinstance(e, GroupSubmitted)))  # died before it was written down
+    world.vote(2)
+
+    client = world.client()
+    ended = await abandon(client, flow_id, state(disk), disk.append)
+    await client.close()
+
+    assert ended == 3
+    assert {world.store.item(item_id).state for item_id in item_ids} == {ItemState.STOPPED}
+    assert state(disk) == []
+    assert run_state(disk).votes_total == 2
+    assert not run_state(disk).ready_groups
 
 
 # What ends the asking.
