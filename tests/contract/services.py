@@ -15,7 +15,7 @@ import numpy as np
 from flow_world import Clock, Faulty
 from vendor import Labels, Vendor
 
-from rlhf_cli.flow.base import Asset, FlowSpec
+from rlhf_cli.flow.base import Asset
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.credentials import Credentials
 from rlhf_cli.flow.http import Patience
@@ -178,10 +178,6 @@ async def ask_many(client: FlowClient, flow_id: str, count: int, name: str = "ma
         part = numbers[start : start + 50]
         ids += await asyncio.gather(*(ask(client, flow_id, [f"a{n}", f"b{n}"], f"{name}{n}") for n in part))
     return ids
-
-
-def changed(spec: FlowSpec, **values: Any) -> FlowSpec:
-    return FlowSpec(**{name: getattr(spec, name) for name in spec.__dataclass_fields__} | values)
 
 
 def png(shade: int) -> bytes:

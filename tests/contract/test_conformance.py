@@ -382,6 +382,10 @@ async def test_a_flow_that_was_changed_asks_otherwise_from_then_on_and_is_not_ad
     client = service.client()
     flow_id = await client.open_flow(SPEC)
     before = await ask(client, flow_id, TEXTS, "before")
+    for changed in (replace(SPEC, instruction="Which is kinder?"), replace(SPEC, responses=Responses(1, 6, 6))):
+        await client.update_flow(flow_id, changed)
+        assert not await client.asks(flow_id, SPEC)
+        assert await client.asks(flow_id, changed)
 
     await client.update_flow(flow_id, replace(SPEC, instruction="Which is kinder?", responses=Responses(1, 2, 2)))
 
