@@ -364,7 +364,7 @@ class FlowClient:
                 params={"page": number, "page_size": RAW_VOTES_PAGE},
                 keep=lambda body: keep("votes", item_id, body),
             )
-            if page is None or number * RAW_VOTES_PAGE >= page.total:
+            if page is None or not page.items or number * RAW_VOTES_PAGE >= page.total:
                 return
 
     async def _pages(

@@ -13,6 +13,8 @@ from rlhf_cli.flow.base import Capabilities, ItemState, ItemStatus
 MAX_TEXT_BYTES = 32 * 1024
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 16
 MAX_TTL_S = 7 * 86400
+MAX_VOTES = 1_000_000_000
+"""No item has as many; whoever says more is not to be believed."""
 
 
 class Body(BaseModel):
@@ -268,7 +270,7 @@ class ItemRow(Body):
     state: ItemState
     created_at: str | None = None
     failure_message: str | None = None
-    votes: int | None = None
+    votes: int | None = Field(None, ge=0, le=MAX_VOTES)
 
     def status(self) -> ItemStatus:
         return ItemStatus(self.id, self.dataset_id, self.state, self.votes, self.failure_message)
