@@ -18,6 +18,8 @@ RlhfError
 
 from __future__ import annotations
 
+import errno
+
 
 class RlhfError(Exception):
     """A problem that the user can act on; its text says what to do next."""
@@ -89,3 +91,13 @@ class Stopped(RlhfError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def disk_full(error: BaseException) -> BaseException:
+    """`error`, or DiskFull where it says that a disk takes no more: full, over quota, read-only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return DiskFull(
+            f"{error.filename or 'A file'} cannot be written: {error.strerror}. Everything recorded before is kept; "
+            "make room on the disk and resume."
+        )
+    return error

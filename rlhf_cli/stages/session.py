@@ -7,14 +7,14 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import MissingStage, RlhfError
+from rlhf_cli.errors import DiskFull, MissingStage, RlhfError, disk_full
 from rlhf_cli.journal.events import Event, RunStarted, RunStopped, StageFinished, StageStarted
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.observe import Observer
@@ -115,6 +115,7 @@ def open_session(stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequ
 
     Raises:
         RunLocked, RunDamaged: As their names say; nothing was changed.
+        DiskFull: A file of the run could not be written; what was recorded before is kept.
     """
     prepare(loaded.recipe.compute.threads)
     run = RunDir(path)
@@ -122,10 +123,14 @@ def open_session(stage: Stage, loaded: LoadedRecipe, path: Path, observers: Sequ
         session = Session(stage, loaded, run, journal, observers)
         try:
             yield session
-        except BaseException as error:
+        except BaseException as caught:
+            error = disk_full(caught)
             if session.began:
-                journal.append(RunStopped(exit_code=_exit_code(error), reason=_reason(error)))
-            raise
+                with suppress(DiskFull):  # then what stopped the run is all the more what has to be told
+                    journal.append(RunStopped(exit_code=_exit_code(error), reason=_reason(error)))
+            if error is caught:
+                raise
+            raise error from caught
 
 
 def _exit_code(error: BaseException) -> int:
