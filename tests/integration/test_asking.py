@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shlex
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli_world import QUICK, Smoke, copy, count, events, stage, state, succeeded
+from cli_world import Process, Smoke, copy, count, events, refused, rlhf, stage, state, succeeded
 
-from rlhf_cli.journal.events import FlowOpened
+from rlhf_cli.journal.events import FlowOpened, StageStarted, StepTrained
 from rlhf_cli.journal.run_dir import RunDir
-
-REPLAY = (*QUICK, "flow.service=replay", "flow.crowd.raters=24")
 
 
 class TestOpenFlow:
@@ -116,3 +118,111 @@ def test_a_replay_takes_the_same_steps_to_the_same_weights_and_asks_nobody(smoke
         k: before[k] for k in ("win_rate", "win_rate_low", "pairs")
     }
     assert not list(RunDir(folder).flow_store.parent.glob("bodies*"))
+
+
+def test_a_replay_of_a_run_out_of_order_is_the_same_run(smoke: Smoke, tmp_path: Path) -> None:
+    """Slow raters, small steps, groups that grow stale: steps of different sizes on groups of different ages."""
+    sets = (
+        "run_online.steps=6",
+        "run_online.min_ready=1",
+        "run_online.max_in_flight=12",
+        "run_online.staleness.max_steps=2",
+        "flow.poll_s=0.05",
+        "flow.crowd.raters=6",
+        "flow.crowd.latency_s.p50=0.1",
+        "flow.crowd.latency_s.p95=1",
+    )
+    recorded, folder = copy(smoke.prepared, tmp_path / "a"), copy(smoke.prepared, tmp_path / "b")
+    succeeded(stage("open-flow", recorded, sets=sets))
+    succeeded(stage("run-online", recorded, sets=sets))
+    assert len({len(ids) for ids, _ in steps(recorded).values()}) > 1
+    sets = (*sets, "flow.service=replay", f"flow.recording={recorded}")
+    succeeded(stage("open-flow", folder, sets=sets))
+    succeeded(stage("run-online", folder, sets=sets))
+    assert steps(folder) == steps(recorded)
+    assert weights(folder) == weights(recorded)
+
+
+def test_a_replay_goes_on_after_it_was_stopped(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.prepared, tmp_path)
+    sets = ("flow.service=replay", f"flow.recording={smoke.folder}")
+    succeeded(stage("open-flow", folder, sets=sets))
+    process = Process("run-online", folder, sets=sets)
+    process.send(signal.SIGTERM, lambda seen: count(StepTrained, seen) >= 2)
+    ended = process.ended()
+    assert ended.code == 143, ended.err
+    typed = ended.err[ended.err.index("rlhf run-online") :].splitlines()[0]
+    assert f"--set {sets[0]} --set {sets[1]}" in typed
+    assert succeeded(rlhf(*shlex.split(typed)[1:], "--json"))["steps"] == 8
+    assert steps(folder) == steps(smoke.folder)
+    assert weights(folder) == weights(smoke.folder)
+
+
+def test_another_run_gets_no_votes_from_the_recording(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.prepared, tmp_path)
+    sets = ("flow.service=replay", f"flow.recording={smoke.folder}", "run_online.sampling.temperature=0.5")
+    succeeded(stage("open-flow", folder, sets=sets))
+    refused(stage("run-online", folder, sets=sets), 3, "step 1 of the recording", "another completion")
+    known = state(folder)
+    assert not known.steps
+    for group in known.groups.values():
+        assert group.ranked is None
+        assert "not in the recording" in str(group.set_aside)
+
+
+def test_a_recording_that_is_too_short_says_how_far_it_goes(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.prepared, tmp_path)
+    sets = ("flow.service=replay", f"flow.recording={smoke.folder}", "run_online.steps=9")
+    succeeded(stage("open-flow", folder, sets=sets))
+    refused(stage("run-online", folder, sets=sets), 3, "--set run_online.steps=8")
+    own = ("flow.service=replay", f"flow.recording={folder}")
+    refused(stage("run-online", folder, sets=own), 2, "its own recording")
+
+
+def test_raw_votes_are_those_behind_the_matrices(smoke: Smoke) -> None:
+    for part in ("run-online", "eval"):
+        matrices = rows("votes", "export", smoke.folder, "--stage", part)
+        votes = rows("votes", "export", smoke.folder, "--as", "votes", "--stage", part)
+        assert len(matrices) >= 30
+        for row in matrices:
+            mine = [vote for vote in votes if vote["group_id"] == row["group_id"] and vote["counts"]]
+            assert len(mine) == row["votes"]
+            for vote in mine:
+                assert row["wins"][vote["left"]][vote["right"]] + row["wins"][vote["right"]][vote["left"]] > 0
+            if row["trained_step"] is not None:
+                assert row["set_aside"] is None
+    trained = [row["trained_step"] for row in rows("votes", "export", smoke.folder)]
+    assert [trained.count(step) for step in range(1, 9)] == [4] * 8
+
+
+def test_an_embedded_store_that_is_gone_leaves_what_was_said_at_the_end(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.folder, tmp_path)
+    before = rows("votes", "export", folder, "--as", "votes")
+    for file in RunDir(folder).flow_store.parent.glob("server.sqlite*"):
+        file.unlink()
+    after = rows("votes", "export", folder, "--as", "votes")
+    assert [v for v in after if v["counts"]] == [v for v in before if v["counts"]]
+
+
+def rows(*arguments: str | Path) -> list[dict[str, Any]]:
+    ended = rlhf(*arguments)
+    assert ended.code == 0, ended.err
+    return [json.loads(line) for line in ended.out.splitlines()]
+
+
+def test_a_stage_that_is_terminated_outside_the_loop_is_journalled_as_that(tmp_path: Path) -> None:
+    process = Process("sft", tmp_path)
+    process.send(signal.SIGTERM, lambda seen: count(StageStarted, seen) == 1)
+    assert process.ended().code == 143
+    stopped = state(tmp_path).stopped
+    assert stopped is not None
+    assert (stopped.exit_code, stopped.reason) == (143, "stopped by SIGTERM")
+
+
+def test_a_finished_run_needs_no_flow_any_more(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.folder, tmp_path)
+    for file in RunDir(folder).flow_store.parent.glob("server.sqlite*"):
+        file.unlink()
+    done = succeeded(stage("run", folder))
+    assert all(result["skipped"] for result in done["stages"].values())
+    assert not RunDir(folder).flow_store.exists()

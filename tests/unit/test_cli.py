@@ -48,7 +48,20 @@ def loaded_by(*arguments: str) -> set[str]:
     return set(eval(done.stderr.splitlines()[-1]))
 
 
-COMMANDS = ["validate", "config", "schema", "sft", "train-rm", "open-flow", "run-online", "eval", "run", "report"]
+COMMANDS = [
+    "validate",
+    "config",
+    "schema",
+    "sft",
+    "train-rm",
+    "open-flow",
+    "run-online",
+    "eval",
+    "run",
+    "report",
+    "plan",
+    "votes",
+]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
