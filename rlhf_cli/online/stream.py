@@ -131,7 +131,10 @@ class Stream:
         budget, flow = self.recipe.budget, self.recipe.flow
         if self.online.feedback != "votes" or flow is None:
             return True
-        expected = self._votes() + (self.outstanding + groups) * flow.responses.max
+        most = flow.responses.max
+        if self.online.incomplete == "resubmit_once":
+            most += flow.responses.min - 1  # a group is asked about again only where it got fewer than the minimum
+        expected = self._votes() + (self.outstanding + groups) * most
         usd = expected * budget.usd_per_1k_votes / 1000
         return (budget.votes is None or expected <= budget.votes) and (budget.usd is None or usd <= budget.usd)
 

@@ -17,7 +17,7 @@ Stage = Literal["sft", "train-rm", "open-flow", "run-online", "eval"]
 _VERSION = 1
 """Counts up when the same keys begin to mean something else."""
 
-_HOW_TO_TALK = {"settle_s", "poll_s", "token_env", "client_id_env", "client_secret_env"}
+_HOW_TO_TALK = {"settle_s", "poll_s", "outage_s", "token_env", "client_id_env", "client_secret_env"}
 _HOW_TO_KEEP = {"checkpoint_every", "keep_checkpoints"}
 
 

@@ -180,7 +180,7 @@ def _judge(
         yield RecordedFeedback(Recording.read(path), journal.append)
         return
     spec = flow_spec(recipe)
-    with flow_service(recipe, session.run) as connect:
+    with flow_service(recipe, session.run, outage_s=recipe.flow.outage_s) as connect:
         flow_id, _ = asyncio.run(open_or_adopt(connect, spec))
         votes = VotesFeedback(
             connect,
@@ -190,6 +190,7 @@ def _judge(
             run_id=run_id,
             settle_s=recipe.flow.settle_s,
             poll_s=recipe.flow.poll_s,
+            note=session.note,
         )
         try:
             yield votes

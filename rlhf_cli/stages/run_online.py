@@ -211,7 +211,7 @@ def _feedback(session: Session, state: RunState, recording: Recording | None) ->
     assert recipe.flow is not None
     assert state.flow is not None
     assert state.run_id is not None
-    with flow_service(recipe, session.run) as connect:
+    with flow_service(recipe, session.run, outage_s=recipe.flow.outage_s) as connect:
         votes = VotesFeedback(
             connect,
             state.flow.flow_id,

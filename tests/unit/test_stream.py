@@ -140,6 +140,20 @@ def test_the_budget_of_votes_is_never_exceeded_even_if_all_that_is_asked_is_answ
     assert not state.ready_groups  # and learned from
 
 
+def test_a_budget_counts_a_second_ask_in_advance() -> None:
+    once, twice = Disk(), Disk()
+    for disk, policy in ((once, "use"), (twice, "resubmit_once")):
+        terms = recipe({"votes": 24}, incomplete=policy)
+        assert terms.flow is not None
+        votes = terms.flow.responses.model_copy(update={"min": 3})
+        terms = terms.model_copy(update={"flow": terms.flow.model_copy(update={"responses": votes})})
+        with pytest.raises(BudgetReached):
+            train(stream(terms, disk, People(disk)), disk)
+    # At most 3 votes for a group asked once; 2 more where it first got fewer than 3 of them. Groups come in twos.
+    assert len(sampled(once)) == 8
+    assert len(sampled(twice)) == 6
+
+
 def test_a_budget_of_money_counts_by_the_price_of_votes() -> None:
     disk = Disk()
     with pytest.raises(BudgetReached):

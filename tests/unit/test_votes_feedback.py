@@ -264,7 +264,14 @@ def fresh_world() -> World:
 
 
 def one_life(
-    world: World, capabilities: Capabilities | None, disk: list[Event], flow_id: str, at: int, *, first: bool
+    world: World,
+    capabilities: Capabilities | None,
+    disk: list[Event],
+    flow_id: str,
+    at: int,
+    *,
+    first: bool,
+    twice: bool,
 ) -> bool:
     """Ask for votes on a group until they are there, or death at point `at`; True if it lived."""
     death = Death(at)
@@ -276,15 +283,19 @@ def one_life(
 
     world.transport.before = lambda request: death.point()
     world.transport.after = lambda request, response: death.point()
-    asked = Asking(world, disk, flow_id, capabilities, journal=journal)
+    asked = Asking(world, disk, flow_id, capabilities, journal=journal, incomplete="resubmit_once" if twice else "use")
     try:
         if first:
             asked.submit(group(0, TEXTS))
         else:
-            asked.feedback.resume(state(disk))
+            asked.feedback.resume(run_state(disk).groups.values())
         end = time.monotonic() + 10
         while state(disk) and not asked.has(1):
-            world.vote(1)
+            if not twice or len(world.item_ids()) == 2:
+                world.vote(1)
+            elif world.item_ids() and not world.raters:
+                world.vote(1)
+                world.clock.advance(61)
             time.sleep(0.001)
             assert time.monotonic() < end
         return death.left > 0
@@ -294,21 +305,22 @@ def one_life(
         asked.feedback.close()
 
 
-def one_group(capabilities: Capabilities | None, deaths: tuple[int, ...]) -> int:
+def one_group(capabilities: Capabilities | None, deaths: tuple[int, ...], *, twice: bool = False) -> int:
     """Live through these deaths and then to the end; returns how many of them happened."""
     world = fresh_world()
     flow_id, disk = world.open_flow(SPEC), list[Event]()
     happened = 0
     for life, at in enumerate((*deaths, 10**9)):
-        lived = one_life(world, capabilities, disk, flow_id, at, first=life == 0)
+        lived = one_life(world, capabilities, disk, flow_id, at, first=life == 0, twice=twice)
         happened += not lived
         if lived:
             break
-    (item_id,) = world.item_ids()
+    item_ids = world.item_ids()
     (ranked,) = [event for event in disk if isinstance(event, GroupRanked)]
-    assert ranked.source == f"item:{item_id}"
-    assert ranked.matrix() == world.store.matrix(item_id)
-    assert ranked.matrix().votes == 3
+    assert len(item_ids) == (2 if twice else 1)
+    assert ranked.source == f"item:{'+'.join(item_ids)}"
+    assert ranked.matrix() == WinMatrix(sum(world.store.matrix(item_id).wins for item_id in item_ids))
+    assert ranked.matrix().votes == run_state(disk).votes_total == (4 if twice else 3)
     assert state(disk) == []
     world.store.close()
     return happened
@@ -319,6 +331,12 @@ def test_death_at_any_point_leaves_one_item_for_the_group(capabilities: Capabili
     """Before and after each journal entry, before and after the effect of each request."""
     points = next(at for at in itertools.count(1) if one_group(capabilities, (at,)) == 0)
     assert points > 20
+
+
+@SERVICES
+def test_death_at_any_point_never_asks_a_third_time(capabilities: Capabilities | None) -> None:
+    points = next(at for at in itertools.count(1) if one_group(capabilities, (at,), twice=True) == 0)
+    assert points > 40
 
 
 @pytest.mark.slow
