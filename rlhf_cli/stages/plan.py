@@ -55,7 +55,7 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             "groups": groups,
             "completions": groups * recipe.run_online.group_size,
             "rounds_of_prompts": groups / document["data"]["prompts"],
-            **(_votes(recipe, groups) if asks_online else {}),
+            **(_votes(recipe, groups, recipe.run_online.incomplete == "resubmit_once") if asks_online else {}),
         }
     if recipe.eval is not None:
         prompts = document["data"]["heldout_prompts"]
@@ -78,6 +78,8 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             notes.append("replay: these votes were given before; nobody is asked, nothing is paid")
         elif document["total"]["usd"]["max"] is None:
             notes.append("unknown price: set budget.usd_per_1k_votes to see the cost")
+        if recipe.flow is not None and recipe.flow.stop_when_decided is not None:
+            notes.append("flow.stop_when_decided ends items early: fewer votes than expected, by how many is not known")
         if asks_online:
             notes += _budget(recipe, document["run_online"])
     document["notes"] = [*notes, "not checked: memory, tokenizer and chat template, which need the model"]
@@ -175,14 +177,14 @@ def _data(recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def _votes(recipe: Recipe, items: int) -> dict[str, Any]:
-    """Votes and money for so many items; `expected` where all get enough time."""
+def _votes(recipe: Recipe, items: int, asked_again: bool = False) -> dict[str, Any]:
+    """Votes and money for so many items; `expected` where all get enough time, and so need not be asked again."""
     assert recipe.flow is not None
     responses = recipe.flow.responses
     each = {
         "min": responses.min,
         "expected": expected_votes(recipe, known_capabilities(recipe.flow.service)),
-        "max": responses.max,
+        "max": responses.max + (responses.min - 1 if asked_again else 0),
     }
     return {
         "votes": {name: items * count for name, count in each.items()},
