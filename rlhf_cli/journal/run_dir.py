@@ -52,6 +52,7 @@ class RunDir:
         self.checkpoints = path / "online" / "checkpoints"
         self.latest = self.checkpoints / "LATEST"
         self.eval_results = path / "eval" / "results.json"
+        self.eval_journal = path / "eval" / "journal.jsonl"
         self.samples = path / "samples"
         self.heldout_samples = self.samples / "heldout.jsonl"
         self.flow_store = path / "flow" / "server.sqlite"

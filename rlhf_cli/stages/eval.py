@@ -125,7 +125,7 @@ def _ask(
     The comparisons have a journal and a run id of their own: an eval that died picks up what it has paid for, and
     another eval never gets the items of this one.
     """
-    path = session.run.eval_results.parent / "journal.jsonl"
+    path = session.run.eval_journal
     path.parent.mkdir(exist_ok=True)
     if path.exists() and (fresh or not _same_inputs(path, session.fingerprint)):
         path.rename(path.with_name(f"journal.replaced-{time.time_ns()}.jsonl"))
@@ -176,8 +176,8 @@ def _judge(
         return
     assert recipe.flow is not None
     if recipe.flow.recording is not None:
-        path = RunDir(recipe.flow.recording).eval_results.with_name("journal.jsonl")
-        yield RecordedFeedback(Recording.read(path), journal.append)
+        recording = Recording.read(RunDir(recipe.flow.recording).eval_journal)
+        yield RecordedFeedback(recording, journal.append)
         return
     spec = flow_spec(recipe)
     with flow_service(recipe, session.run, outage_s=recipe.flow.outage_s) as connect:

@@ -12,6 +12,7 @@ from rlhf_cli.feedback.recorded import Recording
 from rlhf_cli.flow.base import Capabilities, FlowSpec
 from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.observe import Observer
+from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.asking import flow_facts, reason
 from rlhf_cli.stages.service import Connect, flow_service, flow_spec
@@ -56,6 +57,9 @@ def run(
             recorded = Recording.read(section.recording / "journal.jsonl").state
             flow = AtService(recorded.flow.flow_id if recorded.flow else "recorded", adopted=True)
             why = f"the votes of run {recorded.run_id} are given again"
+            judge = loaded.recipe.eval.judge if loaded.recipe.eval else None
+            if judge in ("crowd", "flow") and not RunDir(section.recording).eval_journal.exists():
+                session.note(f"{section.recording} has no eval: `rlhf eval` will find no votes there")
         else:
             with flow_service(loaded.recipe, session.run) as connect:
                 flow = asyncio.run(_open_or_adopt(connect, spec, new))

@@ -94,8 +94,7 @@ def _groups(run: RunDir, part: Part) -> Iterator[Voted]:
             raise DataError(f"{run.path}: no run folder, it has no journal.jsonl")
         journals = [run.journal]
     else:
-        current = run.eval_results.with_name("journal.jsonl")
-        journals = [*sorted(current.parent.glob("journal.replaced-*.jsonl")), current]
+        journals = [*sorted(run.eval_journal.parent.glob("journal.replaced-*.jsonl")), run.eval_journal]
     for journal in journals:
         for entries in _attempts(read(journal)):
             state = replay(entries)
