@@ -272,7 +272,8 @@ class Asking:
         """Act on how an item stands now; None where the service does not know it."""
         if status is None:
             # A service may take a moment to show what it has just made, and a list may skip a row while it moves.
-            if self._clock() - item.seen_at > self._terms.settle_s + self._terms.poll_s:
+            item.missed += 1
+            if item.missed > 1 and self._clock() - item.seen_at > self._terms.settle_s + self._terms.poll_s:
                 self._lose(asked, item, f"the service no longer knows item {item.item_id}")
             return
         votes = item.votes if status.votes is None else float(status.votes)
@@ -281,7 +282,7 @@ class Asking:
             self._contradicted(asked, item, f"it had {item.votes:g} votes and now has {votes:g}")
         if item.state is not None and item.state.terminal and not status.state.terminal:
             self._contradicted(asked, item, f"it was {item.state} and is {status.state} again")
-        item.state, item.votes, item.seen_at = status.state, votes, self._clock()
+        item.state, item.votes, item.seen_at, item.missed = status.state, votes, self._clock(), 0
         async with self._looking:
             if status.state.terminal:
                 await self._take(asked, item, status)
@@ -353,6 +354,10 @@ class Asking:
         try:
             wins = await self._flow.vote_matrix(item.item_id, asked.shown.texts)
         except BadAnswer as error:
+            item.misread += 1
+            if item.misread < BAD_ANSWERS_IN_A_ROW:
+                self._note(f"{error} Looking again.")
+                return
             self._bad_matrices += 1
             if self._bad_matrices >= BAD_ANSWERS_IN_A_ROW:
                 raise FlowRefused(

@@ -21,8 +21,9 @@ from rlhf_cli.journal.events import DatasetCreated, Event, GroupIntended, GroupS
 from rlhf_cli.journal.replay import Ask
 from rlhf_cli.types import Group
 
-CREATE_ATTEMPTS = 5
-DATASET_ATTEMPTS = 3
+CREATE_ATTEMPTS = 8
+DATASET_ATTEMPTS = 8
+LONGEST_PAUSE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Buyer:
         has_keys = (await self.flow.capabilities()).idempotency
         for attempt in range(1, CREATE_ATTEMPTS + 1):
             if doubt and not has_keys:
-                await asyncio.sleep(self.settle_s)
+                await asyncio.sleep(max(self.settle_s, _pause_s(attempt - 1)))
                 if found := await self.flow.find_item(self.flow_id, dataset_id):
                     return found.item_id
             try:
@@ -89,4 +90,10 @@ class Buyer:
             except FlowUnavailable:
                 if attempt == DATASET_ATTEMPTS:
                     raise
+            await asyncio.sleep(_pause_s(attempt))
         raise AssertionError("unreachable")
+
+
+def _pause_s(attempt: int) -> float:
+    """After so many attempts that failed: the service may be down for creations and well otherwise."""
+    return 0.0 if attempt == 0 else min(float(2 ** (attempt - 1)), LONGEST_PAUSE_S)

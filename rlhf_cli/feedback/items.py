@@ -61,11 +61,15 @@ class Item:
     """Clock time at which this process began to wait for it, seconds."""
     seen_at: float
     """Clock time at which the service last knew it."""
+    missed: int = 0
+    """How many looks in a row it was unknown since."""
     state: ItemState | None = None
     votes: float = 0.0
     """As the service counts them while people vote; 0 where it does not."""
     hurried_at: float | None = None
     """Clock time at which we ended it because its service had not."""
+    misread: int = 0
+    """How often its votes could not be understood."""
     decided_early: bool = False
     ended: WinMatrix | None = None
     """The first terminal snapshot, over what is shown."""

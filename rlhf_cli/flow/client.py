@@ -150,7 +150,10 @@ class FlowClient:
     # Items.
 
     async def create_dataset(self, name: str, key: str) -> str:
-        created = await self._create("/dataset", wire.DatasetCreated, wire.CreateDataset(name=name), key)
+        # Repeated everywhere: one dataset too many is empty, and free.
+        once = key if (await self.capabilities()).idempotency else None
+        body = wire.CreateDataset(name=name)
+        created = await self._calls.call("POST", "/dataset", wire.DatasetCreated, body=body, key=once)
         return created.dataset_id
 
     async def add_datapoint(self, dataset_id: str, sort_index: int, asset: Asset) -> str:
