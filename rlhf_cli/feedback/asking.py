@@ -45,6 +45,8 @@ CLOSING_S = 5.0
 """How long the last look at the end of a run may take."""
 AT_ONCE = 8
 BAD_ANSWERS_IN_A_ROW = 3
+DECIDED, DOUBLED = "the ranking is decided", "one of two items on one dataset"
+"""Why we stop items."""
 SLOWEST_POLL = 4.0
 """Longest time between two looks, in multiples of `poll_s`."""
 
@@ -125,6 +127,10 @@ class Asking:
     def remember(self, known: GroupState) -> None:
         """Keep an eye on the items of a group that was decided by an earlier process."""
         shown = self._remember_datasets(known)
+        self._figures.set_aside += known.set_aside is not None
+        self._figures.late += sum(late.matrix().votes for late in known.late)
+        if known.ranked is not None and any(_decided_early(known, ask.item_id) for ask in known.asks):
+            self._figures.saved += max(0.0, self._spec.responses.desired - known.ranked.matrix().votes)
         if known.decided_at is None or self._wall() - known.decided_at > 2 * DRAIN_S:
             return
         for item_id in [ask.item_id for ask in known.asks] + [i for d in known.doubles for i in d.item_ids[1:]]:
@@ -199,11 +205,12 @@ class Asking:
                 asked.items.append(self._recalled(asked, item_id, known))
         for double in known.doubles:
             for item_id in double.item_ids[1:]:
-                if item_id not in known.stopped:
-                    self._start(self._stop(asked.shown.group_id, item_id, "one of two items on one dataset"))
+                if all(stop.item_id != item_id for stop in known.stopped):
+                    self._start(self._stop(asked.shown.group_id, item_id, DOUBLED))
 
     def _recalled(self, asked: Asked, item_id: str, known: GroupState | None) -> Item:
         item = Item(item_id, since=self._clock(), seen_at=self._clock())
+        item.decided_early = known is not None and _decided_early(known, item_id)
         for ended in known.ended if known else ():
             if ended.item_id == item_id:
                 item.state, item.votes, item.recorded = ItemState(ended.state), ended.votes, True
@@ -218,6 +225,8 @@ class Asking:
                 self._sold[ask.dataset_id] = Sold(shown, {ask.item_id} if ask.item_id is not None else set())
         for double in known.doubles:
             self._sold[double.dataset_id].item_ids.update(double.item_ids)
+            self._figures.doubles += len(double.item_ids) > 1
+            self._figures.orphans += 1
         return shown
 
     async def _buy(self, asked: Asked, ask: Ask, known: GroupState | None = None) -> None:
@@ -312,7 +321,7 @@ class Asking:
             self._note(f"{error} The item goes on.")  # its end will tell
             return
         if wins is not None and judge_best(wins, least, threshold).stop:
-            item.decided_early = await self._stop(asked.group.id, item.item_id, "the ranking is decided")
+            item.decided_early = await self._stop(asked.group.id, item.item_id, DECIDED)
 
     async def _stop(self, group_id: str, item_id: str, reason: str) -> bool:
         try:
@@ -345,7 +354,7 @@ class Asking:
                     due = self._clock() + DRAIN_S
                     self._late.add(Seen(sold.shown, status.item_id, sold.shown.none(), due))
             for item_id in found.to_stop:
-                await self._stop(group_id, item_id, "one of two items on one dataset")
+                await self._stop(group_id, item_id, DOUBLED)
 
     # The end of an item, and of the asking about its group.
 
@@ -466,6 +475,10 @@ class Asking:
 
     def _publish(self) -> None:
         self._figures.publish(self._running())
+
+
+def _decided_early(known: GroupState, item_id: str | None) -> bool:
+    return any(stop.item_id == item_id and stop.reason == DECIDED for stop in known.stopped)
 
 
 def _seen(known: GroupState, shown: Shown, item_id: str, due: float) -> Seen:

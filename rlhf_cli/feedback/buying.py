@@ -83,11 +83,11 @@ class Buyer:
     async def _dataset(self, group: Group, texts: Sequence[str], key: str) -> str:
         """A dataset with all candidates. It costs nothing, so one that may be half filled is left behind."""
         for attempt in range(1, DATASET_ATTEMPTS + 1):
+            dataset_id = await self.flow.create_dataset(f"group {group.id} of run {self.run_id}", f"{key}-dataset")
             try:
-                dataset_id = await self.flow.create_dataset(f"group {group.id} of run {self.run_id}", f"{key}-dataset")
                 await self.flow.fill_dataset(dataset_id, texts)
                 return dataset_id
-            except FlowUnavailable:
+            except (FlowUnavailable, BadAnswer):
                 if attempt == DATASET_ATTEMPTS:
                     raise
             await asyncio.sleep(_pause_s(attempt))

@@ -61,8 +61,7 @@ class GroupState:
     """More than one where too few votes came the first time and the recipe asks again."""
     doubles: tuple[ItemDoubled, ...] = ()
     ended: tuple[ItemEnded, ...] = ()
-    stopped: frozenset[str] = frozenset()
-    """Items that we ended."""
+    stopped: tuple[ItemStopped, ...] = ()
     late: tuple[VotesLate, ...] = ()
     ranked: GroupRanked | None = None
     """The first terminal snapshot; later ones never replace it."""
@@ -215,7 +214,7 @@ def _group(
         case ItemDoubled():
             group = replace(group, doubles=(*group.doubles, event))
         case ItemStopped():
-            group = replace(group, stopped=group.stopped | {event.item_id})
+            group = replace(group, stopped=(*group.stopped, event))
         case VotesLate():
             unseen = sum(e.votes for e in group.ended if e.item_id == event.item_id and e.wins is None)
             paid = max(0.0, event.matrix().votes - unseen)

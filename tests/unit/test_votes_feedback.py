@@ -810,6 +810,12 @@ def test_an_item_ends_early_once_its_votes_have_decided(world: World) -> None:
         assert events(asked, ItemStopped) == [
             ItemStopped(group_id="g0", item_id=item_id, reason="the ranking is decided")
         ]
+        asked.feedback.close()
+        again = Asking(world, asked.disk, asked.flow_id, spec=LONG, votes_before=ranked.wins.votes)
+        again.feedback.resume(run_state(asked.disk).groups.values())
+        until(lambda: again.feedback.status()["flow/votes_saved_total"] == 40 - ranked.wins.votes)
+        assert again.feedback.status()["flow/votes_total"] == ranked.wins.votes
+        again.feedback.close()
 
 
 def test_partial_votes_are_asked_for_only_where_their_number_grew(world: World) -> None:
