@@ -1,6 +1,6 @@
 """What 500 items in flight cost the client, and what asking people costs the trainer's thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/client.py                   # about 4 minutes
+    OMP_NUM_THREADS=1 python benchmarks/client.py                   # about 5 minutes
     OMP_NUM_THREADS=1 python benchmarks/client.py --json FILE
 
 The server is `rlhf serve` in a process of its own, on a real socket; the people are another process. CPU is that of
