@@ -15,8 +15,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.errors import FlowUnavailable
-from rlhf_cli.flow.base import BadAnswer, Flow
+from rlhf_cli.flow.base import BadAnswer, EffectUnknown, Flow
 from rlhf_cli.journal.events import DatasetCreated, Event, GroupIntended, GroupSubmitted
 from rlhf_cli.journal.replay import Ask
 from rlhf_cli.types import Group
@@ -74,7 +73,7 @@ class Buyer:
                     return found.item_id
             try:
                 return await self.flow.create_item(self.flow_id, dataset_id, group.prompt.text, self.ttl_s, key)
-            except (FlowUnavailable, BadAnswer):
+            except (EffectUnknown, BadAnswer):
                 if has_keys or attempt == CREATE_ATTEMPTS:
                     raise
                 doubt = True
@@ -87,7 +86,7 @@ class Buyer:
             try:
                 await self.flow.fill_dataset(dataset_id, texts)
                 return dataset_id
-            except (FlowUnavailable, BadAnswer):
+            except (EffectUnknown, BadAnswer):
                 if attempt == DATASET_ATTEMPTS:
                     raise
             await asyncio.sleep(_pause_s(attempt))

@@ -66,7 +66,7 @@ class LateLooks:
                 raise result
 
     async def _look_at(self, seen: Seen, status: ItemStatus | None) -> None:
-        if status is None or status.votes == seen.wins.votes + seen.unseen_votes:
+        if status is None or (not seen.unseen_votes and status.votes == seen.wins.votes):
             return
         if not status.state.terminal and seen.wins.votes:
             self._contradicted(seen, f"it had ended and is {status.state} again")
@@ -74,7 +74,8 @@ class LateLooks:
             try:
                 wins = await self._flow.vote_matrix(seen.item_id, seen.shown.texts)
             except BadAnswer as error:
-                self._contradicted(seen, f"its votes could be read before, now: {error}")
+                if seen.wins.votes:
+                    self._contradicted(seen, f"its votes could be read before, now: {error}")
                 return
         if wins is None:
             return

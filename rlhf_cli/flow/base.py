@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_cli.errors import FlowRefused
+from rlhf_cli.errors import FlowRefused, FlowUnavailable
 from rlhf_cli.types import WinMatrix
 
 
@@ -138,6 +138,10 @@ class ItemResults:
 
 class BadAnswer(FlowRefused):
     """The service answered with something that is not the protocol, or not about the candidates that were sent."""
+
+
+class EffectUnknown(FlowUnavailable):
+    """A creation failed in a way that leaves open whether it happened. The service itself may well be there."""
 
 
 class Flow(Protocol):

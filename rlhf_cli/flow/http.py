@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf_cli.errors import CredentialsError, FlowRefused, FlowUnavailable
 from rlhf_cli.flow import wire
-from rlhf_cli.flow.base import BadAnswer
+from rlhf_cli.flow.base import BadAnswer, EffectUnknown
 from rlhf_cli.flow.circuit import AT_ONCE, LONGEST_PAUSE_S, Circuit, Outage, Transient
 from rlhf_cli.flow.credentials import Credentials, read_token_file, usable
 
@@ -184,7 +184,7 @@ class HttpCalls:
         try:
             reply = await self._patiently(request, repeatable)
         except Transient as error:
-            raise FlowUnavailable(
+            raise EffectUnknown(
                 f"{place}: {error}. Whether it had an effect is not known; a resume looks before it asks again."
             ) from error
         except Outage as error:
