@@ -30,7 +30,14 @@ from flow_world import until
 from rlhf_cli.flow.client import FlowClient
 from rlhf_cli.flow.http import Patience
 from rlhf_cli.journal import journal
-from rlhf_cli.journal.events import CheckpointSaved, GroupSampled, StageStarted, StepTrained
+from rlhf_cli.journal.events import (
+    CheckpointSaved,
+    GroupSampled,
+    GroupSubmitted,
+    ItemStopped,
+    StageStarted,
+    StepTrained,
+)
 from rlhf_cli.journal.metrics import METRICS, read_metrics
 from rlhf_cli.journal.replay import replay
 from rlhf_cli.journal.run_dir import RunDir
@@ -300,6 +307,21 @@ def test_a_request_to_stop_finishes_the_step_and_says_how_to_go_on(smoke: Smoke,
     saved = [event.step for event in events(folder) if isinstance(event, CheckpointSaved)]
     assert saved == [found.step]
     refused(stage("run-online", folder, sets=sets), 2, "--resume", "--fresh", f"{found.step} steps trained")
+
+
+def test_starting_over_ends_what_people_still_vote_on(smoke: Smoke, tmp_path: Path) -> None:
+    folder = copy(smoke.prepared, tmp_path)
+    slow = (*QUICK, "run_online.steps=40", "flow.crowd.latency_s.p50=30", "flow.crowd.latency_s.p95=60")
+    process = Process("run-online", folder, sets=slow)
+    process.send(signal.SIGTERM, lambda seen: count(GroupSubmitted, seen) >= 3)
+    assert process.ended().code == 143
+    paid, waiting = state(folder).votes_total, {group.item_id for group in state(folder).open_groups}
+    ended = stage("run-online", folder, "--fresh", sets=(*QUICK, "run_online.steps=1"))
+    assert succeeded(ended)["steps"] == 1
+    assert "items that people were still voting on" in ended.err
+    assert waiting - {None} == {event.item_id for event in events(folder) if isinstance(event, ItemStopped)}
+    assert state(folder).attempt == 2
+    assert state(folder).votes_total >= paid
 
 
 def test_a_reward_model_can_stand_in_for_people(smoke: Smoke, tmp_path: Path) -> None:
