@@ -224,7 +224,8 @@ class HttpCalls:
                 if began - failing_since >= self._patience.outage_s:
                     raise Outage from error
                 failing_since = min(failing_since, now())
-                if self.circuit.state == "closed":
+                # A circuit that a harmless probe closes again says nothing about creations: they keep their own pauses.
+                if self.circuit.state == "closed" or not repeatable:
                     left_s = max(0.0, failing_since + self._patience.outage_s - now())
                     own_s = min(self.circuit.jittered(pause_s), left_s)
                     # A little more than what was asked for: all who were turned away together would come together.
