@@ -19,6 +19,7 @@ from rlhf_cli.feedback.doubles import Sold, unknown_items
 from rlhf_cli.feedback.figures import Figures
 from rlhf_cli.feedback.items import Asked, Item, Shown
 from rlhf_cli.feedback.late import LateLooks, Seen
+from rlhf_cli.feedback.recall import DECIDED, DOUBLED, ended_early, item_ids, item_of, seen_of, sold_by
 from rlhf_cli.flow.base import BadAnswer, Flow, FlowSpec, ItemState, ItemStatus
 from rlhf_cli.journal.events import (
     Event,
@@ -45,8 +46,6 @@ CLOSING_S = 5.0
 """How long the last look at the end of a run may take."""
 AT_ONCE = 8
 BAD_ANSWERS_IN_A_ROW = 3
-DECIDED, DOUBLED = "the ranking is decided", "one of two items on one dataset"
-"""Why we stop items."""
 SLOWEST_POLL = 4.0
 """Longest time between two looks, in multiples of `poll_s`."""
 
@@ -126,16 +125,14 @@ class Asking:
 
     def remember(self, known: GroupState) -> None:
         """Keep an eye on the items of a group that was decided by an earlier process."""
-        shown = self._remember_datasets(known)
+        shown = self._remember(known)
         self._figures.set_aside += known.set_aside is not None
         self._figures.late += sum(late.matrix().votes for late in known.late)
-        if known.ranked is not None and any(_decided_early(known, ask.item_id) for ask in known.asks):
+        if known.ranked is not None and any(ended_early(known, ask.item_id) for ask in known.asks):
             self._figures.saved += max(0.0, self._spec.responses.desired - known.ranked.matrix().votes)
-        if known.decided_at is None or self._wall() - known.decided_at > 2 * DRAIN_S:
-            return
-        for item_id in [ask.item_id for ask in known.asks] + [i for d in known.doubles for i in d.item_ids[1:]]:
-            if item_id is not None:
-                self._late.add(_seen(known, shown, item_id, due=self._clock()))
+        if known.decided_at is not None and self._wall() - known.decided_at <= 2 * DRAIN_S:
+            for item_id in item_ids(known):
+                self._late.add(seen_of(known, shown, item_id, due=self._clock()))
 
     async def run(self) -> None:
         """Ask until `end` is called; raises what made it impossible."""
@@ -183,7 +180,10 @@ class Asking:
     async def _ask(self, group: Group, known: GroupState | None) -> None:
         shown = Shown.of(group.id, [c.text for c in group.completions])
         if len(shown.texts) < 2:
-            self._set_aside(group, "fewer than two different completions that are not empty: nothing to compare")
+            why = "fewer than two different completions that are not empty: nothing to compare"
+            unranked = self._set_aside(group, why)
+            self._publish()
+            self._deliver(unranked)
             return
         asked = Asked(group, shown, self._clock(), waited_s=0.0)
         if known is not None:
@@ -194,39 +194,23 @@ class Asking:
 
     def _recall(self, asked: Asked, known: GroupState) -> None:
         """Items of earlier asks, those made besides, and what was seen of them."""
-        self._remember_datasets(known)
+        self._remember(known)
         asked.asks = max(1, len(known.asks))
         if known.asks and known.asks[0].submitted_at is not None:
             asked.waited_s = max(0.0, self._wall() - known.asks[0].submitted_at)
-        earlier = [ask.item_id for ask in known.asks[:-1]]
-        doubles = [i for d in known.doubles for i in d.item_ids if i != known.item_id]
-        for item_id in dict.fromkeys([*earlier, *doubles]):
-            if item_id is not None:
-                asked.items.append(self._recalled(asked, item_id, known))
+        for item_id in item_ids(known):
+            if item_id != known.item_id:  # that one comes from the buyer
+                asked.items.append(item_of(known, asked.shown, item_id, self._clock()))
         for double in known.doubles:
             for item_id in double.item_ids[1:]:
                 if all(stop.item_id != item_id for stop in known.stopped):
                     self._start(self._stop(asked.shown.group_id, item_id, DOUBLED))
 
-    def _recalled(self, asked: Asked, item_id: str, known: GroupState | None) -> Item:
-        item = Item(item_id, since=self._clock(), seen_at=self._clock())
-        item.decided_early = known is not None and _decided_early(known, item_id)
-        for ended in known.ended if known else ():
-            if ended.item_id == item_id:
-                item.state, item.votes, item.recorded = ItemState(ended.state), ended.votes, True
-                item.ended = asked.shown.read(ended.wins) if ended.wins is not None else None
-                item.lost = None if item.ended is not None else f"item {item_id} ended {ended.state} without its votes"
-        return item
-
-    def _remember_datasets(self, known: GroupState) -> Shown:
+    def _remember(self, known: GroupState) -> Shown:
         shown = Shown.of(known.sampled.group_id, [c.text for c in known.sampled.completions])
-        for ask in known.asks:
-            if ask.dataset_id is not None and (ask.item_id is not None or not known.open):
-                self._sold[ask.dataset_id] = Sold(shown, {ask.item_id} if ask.item_id is not None else set())
-        for double in known.doubles:
-            self._sold[double.dataset_id].item_ids.update(double.item_ids)
-            self._figures.doubles += len(double.item_ids) > 1
-            self._figures.orphans += 1
+        self._sold |= sold_by(known, shown)
+        self._figures.doubles += sum(len(double.item_ids) > 1 for double in known.doubles)
+        self._figures.orphans += len(known.doubles)
         return shown
 
     async def _buy(self, asked: Asked, ask: Ask, known: GroupState | None = None) -> None:
@@ -234,7 +218,8 @@ class Asking:
         async with self._buying:
             dataset_id, item_id = await self._buyer.item_of(asked.group, asked.shown.texts, ask, asked.asks)
         asked.buying = False
-        asked.items.append(self._recalled(asked, item_id, known))
+        now = self._clock()
+        asked.items.append(item_of(known, asked.shown, item_id, now) if known else Item(item_id, now, seen_at=now))
         self._sold.setdefault(dataset_id, Sold(asked.shown, set())).item_ids.add(item_id)
         self._asked[asked.group.id] = asked
         self._interval_s = self._terms.poll_s
@@ -349,7 +334,7 @@ class Asking:
             asked = self._asked.get(group_id)
             for status in found.strangers:
                 if asked is not None:
-                    asked.items.append(self._recalled(asked, status.item_id, None))
+                    asked.items.append(Item(status.item_id, self._clock(), seen_at=self._clock()))
                 else:
                     due = self._clock() + DRAIN_S
                     self._late.add(Seen(sold.shown, status.item_id, sold.shown.none(), due))
@@ -423,8 +408,9 @@ class Asking:
             self._start(self._ask_again(asked))
         elif wins.votes == 0:
             lost = [item.lost for item in asked.items if item.lost is not None]
-            self._set_aside(asked.group, "; ".join(lost) or f"no votes on item {asked.names()}")
+            unranked = self._set_aside(asked.group, "; ".join(lost) or f"no votes on item {asked.names()}")
             self._asked_out(asked, incomplete=not lost)
+            self._deliver(unranked)
         elif complete or self._terms.incomplete != "drop":
             ranked = self._record(asked, complete)
             self._figures.decided += 1
@@ -433,9 +419,10 @@ class Asking:
         else:
             # Set aside first: whatever dies in between, votes that the policy drops are never trained on.
             why = f"only {wins.votes:g} of at least {least} votes on item {asked.names()}"
-            self._set_aside(asked.group, why)
+            unranked = self._set_aside(asked.group, why)
             self._record(asked, complete)
             self._asked_out(asked, incomplete=True)
+            self._deliver(unranked)
 
     def _record(self, asked: Asked, complete: bool) -> RankedGroup:
         """Keep votes that were paid for, whether they will train or not."""
@@ -459,12 +446,11 @@ class Asking:
             seen, unseen = item.ended or asked.shown.none(), item.votes if item.ended is None else 0.0
             self._late.add(Seen(asked.shown, item.item_id, seen, self._clock() + DRAIN_S, unseen))
 
-    def _set_aside(self, group: Group, reason: str) -> None:
+    def _set_aside(self, group: Group, reason: str) -> Unranked:
         self._journal(GroupSetAside(group_id=group.id, reason=reason))
         self._figures.set_aside += 1
         self._figures.decided += 1
-        self._publish()
-        self._deliver(Unranked(group, reason))
+        return Unranked(group, reason)
 
     def _contradicted(self, asked: Asked, item: Item, what: str) -> None:
         self._journal(SnapshotContradicted(group_id=asked.group.id, item_id=item.item_id, what=what))
@@ -475,23 +461,3 @@ class Asking:
 
     def _publish(self) -> None:
         self._figures.publish(self._running())
-
-
-def _decided_early(known: GroupState, item_id: str | None) -> bool:
-    return any(stop.item_id == item_id and stop.reason == DECIDED for stop in known.stopped)
-
-
-def _seen(known: GroupState, shown: Shown, item_id: str, due: float) -> Seen:
-    """What the journal knows of an item of a decided group."""
-    wins, unseen = shown.none(), 0.0
-    if known.ranked is not None and known.ranked.source == f"item:{item_id}":
-        wins = shown.read(known.ranked.wins)
-    for ended in known.ended:
-        if ended.item_id == item_id:
-            wins = shown.read(ended.wins) if ended.wins is not None else wins
-            unseen = ended.votes if ended.wins is None else 0.0
-    for late in known.late:
-        if late.item_id == item_id:
-            wins = type(wins)(wins.wins + shown.read(late.wins).wins)
-            unseen = 0.0
-    return Seen(shown, item_id, wins, due, unseen)

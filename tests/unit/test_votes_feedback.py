@@ -593,6 +593,9 @@ def test_a_group_below_the_minimum_is_asked_about_once_more_and_never_a_third_ti
         assert ranked.wins == WinMatrix(wins)
         assert world.item_ids() == [first_id, second_id]
         assert len({event.key for event in events(asked, GroupIntended)}) == 2
+        ended = events(asked, ItemEnded)[0]  # in the journal before anybody is asked again: what was seen first counts
+        assert (ended.item_id, ended.votes) == (first_id, 1)
+        assert asked.disk.index(ended) < asked.disk.index(events(asked, GroupIntended)[1])
         assert asked.feedback.status()["flow/votes_total"] == run_state(asked.disk).votes_total == 1 + second
 
 
