@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rlhf_cli.flow.base import RAPIDATA, Capabilities, FlowSpec
+from rlhf_cli.flow.base import RAPIDATA, Capabilities, Flow, FlowSpec
 from rlhf_cli.flow.mapping import mapping
 from rlhf_cli.flow.wire import MAX_CANDIDATES, MAX_TTL_S
 from rlhf_cli.journal.events import FlowOpened
@@ -80,6 +80,14 @@ def links(service: str) -> dict[str, str]:
     return {"vote": f"{service}/vote", "owner": f"{service}/owner"} if service.startswith("http") else {}
 
 
+async def find(flow: Flow, spec: FlowSpec, service: str, before: FlowOpened | None) -> str | None:
+    """The flow that asks `spec`: the one of `before` where it still does, for its items are there; else the newest."""
+    same = before is not None and (before.service, before.fingerprint) == (service, spec.fingerprint())
+    if before is not None and same and await flow.asks(before.flow_id, spec):
+        return before.flow_id
+    return await flow.find_flow(spec)
+
+
 def changes(before: FlowOpened, spec: FlowSpec, service: str) -> list[str]:
     """What the recipe asks otherwise than the flow that was opened before, in words."""
     pairs = {
@@ -108,4 +116,4 @@ def reason(before: FlowOpened | None, spec: FlowSpec, service: str, found: str |
     if changed := "; ".join(changes(before, spec, service)):
         return f"{changed}; {there}" if found else changed
     gone = f"flow {before.flow_id} of this run is no longer at the service"
-    return f"{there}, and newer than flow {before.flow_id} of this run" if found else gone
+    return f"{gone}; {there}" if found else gone

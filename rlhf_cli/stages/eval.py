@@ -181,7 +181,7 @@ def _judge(
         return
     spec = flow_spec(recipe)
     with flow_service(recipe, session.run, outage_s=recipe.flow.outage_s) as connect:
-        flow_id, _ = asyncio.run(open_or_adopt(connect, spec))
+        flow_id = asyncio.run(open_or_adopt(connect, recipe, session.state.flow))
         votes = VotesFeedback(
             connect,
             flow_id,

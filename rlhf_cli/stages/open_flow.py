@@ -14,7 +14,8 @@ from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.load import LoadedRecipe
-from rlhf_cli.stages.asking import flow_facts, reason
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.asking import find, flow_facts, reason
 from rlhf_cli.stages.service import Connect, flow_service, flow_spec
 from rlhf_cli.stages.session import Result, Session, open_session
 
@@ -52,7 +53,6 @@ def run(
         spec, before = flow_spec(loaded.recipe), session.state.flow
         if not ask and not fresh and (done := session.done(session.run.path)):
             return done
-        flow_facts(loaded.recipe)  # what the service would refuse is said before it is asked
         if section.recording is not None:
             recorded = Recording.read(section.recording / "journal.jsonl").state
             flow = AtService(recorded.flow.flow_id if recorded.flow else "recorded", adopted=True)
@@ -62,7 +62,7 @@ def run(
                 session.note(f"{section.recording} has no eval: `rlhf eval` will find no votes there")
         else:
             with flow_service(loaded.recipe, session.run) as connect:
-                flow = asyncio.run(_open_or_adopt(connect, spec, new))
+                flow = asyncio.run(_open_or_adopt(connect, loaded.recipe, before, new=new))
             found = flow.flow_id if flow.adopted else None
             why = reason(before, spec, section.service, found, new=new)
         if flow.refusal is not None:
@@ -92,17 +92,19 @@ def _record(session: Session, spec: FlowSpec, service: str, flow_id: str) -> Non
     )
 
 
-async def open_or_adopt(connect: Connect, spec: FlowSpec) -> tuple[str, bool]:
-    """The id of the flow for `spec`, and whether it was there already."""
-    flow = await _open_or_adopt(connect, spec, new=False)
-    return flow.flow_id, flow.adopted
+async def open_or_adopt(connect: Connect, recipe: Recipe, before: FlowOpened | None) -> str:
+    """The id of the recipe's flow: that of `before`, the newest that asks the same, or else a new one."""
+    return (await _open_or_adopt(connect, recipe, before, new=False)).flow_id
 
 
-async def _open_or_adopt(connect: Connect, spec: FlowSpec, new: bool) -> AtService:
+async def _open_or_adopt(connect: Connect, recipe: Recipe, before: FlowOpened | None, *, new: bool) -> AtService:
+    assert recipe.flow is not None
+    spec = flow_spec(recipe)
     flow = connect()
     try:
         capabilities = await flow.capabilities()
-        found = None if new else await flow.find_flow(spec)
+        flow_facts(recipe, capabilities)  # refuses what the service would, before anything is made there
+        found = None if new else await find(flow, spec, recipe.flow.service, before)
         flow_id = found or await flow.open_flow(spec)
         refusal = None
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.errors import CredentialsError, FlowUnavailable
 from rlhf_cli.flow.base import FlowSpec
+from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.replay import RunState, replay
 from rlhf_cli.journal.run_dir import RunDir
@@ -19,7 +20,7 @@ from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.recipe.schema import Crowd, Recipe
 from rlhf_cli.server.store import Store
-from rlhf_cli.stages.asking import changes, expected_votes, flow_facts, known_capabilities, reason, usd
+from rlhf_cli.stages.asking import changes, expected_votes, find, flow_facts, known_capabilities, reason, usd
 from rlhf_cli.stages.service import flow_service, flow_spec
 
 NORMAL_95 = 1.6449
@@ -107,40 +108,40 @@ def flow_plan(loaded: LoadedRecipe, path: Path, *, new: bool = False) -> dict[st
     if section.service == "replay":
         return {"would": would(recipe, state), **facts}
     try:
-        found = None if new else _look(recipe, run)
+        found = None if new else _look(recipe, run, state.flow)
     except (CredentialsError, FlowUnavailable) as error:
         return {"would": would(recipe, state), "not_asked": str(error), **facts}
     why = reason(state.flow, flow_spec(recipe), section.service, found, new=new)
     return {"would": f"adopt flow {found}" if found else "open a new flow", "why": why, **facts}
 
 
-def _look(recipe: Recipe, run: RunDir) -> str | None:
+def _look(recipe: Recipe, run: RunDir, before: FlowOpened | None) -> str | None:
     """The id of a flow at the service that asks the same."""
     assert recipe.flow is not None
-    if recipe.flow.service == "embedded":
-        return _in_store(run.flow_store, flow_spec(recipe))
+    spec, service = flow_spec(recipe), recipe.flow.service
+    if service == "embedded":
+        return _in_store(run.flow_store, spec, before)
 
-    async def find() -> str | None:
+    async def look() -> str | None:
         flow = connect()
         try:
-            return await flow.find_flow(flow_spec(recipe))
+            return await find(flow, spec, service, before)
         finally:
             await flow.close()
 
     with flow_service(recipe, run) as connect:
-        return asyncio.run(find())
+        return asyncio.run(look())
 
 
-def _in_store(path: Path, spec: FlowSpec) -> str | None:
+def _in_store(path: Path, spec: FlowSpec, before: FlowOpened | None) -> str | None:
     """The same for an embedded server, which need not run, and may run for somebody else."""
     if not path.exists():
         return None
     with closing(Store(path)) as store:
         _, flows = store.flows(spec.title, 0, 1000, newest_first=True)
-    same = [
-        f.id for f in flows if (f.name, f.instruction, f.responses) == (spec.title, spec.instruction, spec.responses)
-    ]
-    return same[0] if same else None
+    wanted = (spec.title, spec.instruction, spec.responses)
+    same = [flow.id for flow in flows if (flow.name, flow.instruction, flow.responses) == wanted]
+    return before.flow_id if before is not None and before.flow_id in same else next(iter(same), None)
 
 
 def _stages(loaded: LoadedRecipe, state: RunState) -> dict[str, str]:
