@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import pytest
 from cli_world import smoke  # noqa: F401
 from flow_world import clock, store, world  # noqa: F401
 from tiny_world import recipe, tiny  # noqa: F401
@@ -16,3 +18,9 @@ for name, value in {
     "TRL_EXPERIMENTAL_SILENCE": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    world = sys.modules.get("asking_world")  # only where its tests ran
+    if world is not None and world.scenarios:
+        terminalreporter.write_line(f"flow fault scenarios: {world.scenarios}")

@@ -60,9 +60,3 @@ def run_virtually(work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` to its end in virtual time, in this thread."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(work)
-
-
-def virtual_now() -> float:
-    """`time.monotonic` for code that runs inside a virtual loop and takes no clock; 0 outside of one."""
-    loop = asyncio._get_running_loop()
-    return loop.time() if isinstance(loop, VirtualLoop) else 0.0
