@@ -21,6 +21,6 @@ for name, value in {
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    world = sys.modules.get("asking_world")  # only where its tests ran
-    if world is not None and world.scenarios:
-        terminalreporter.write_line(f"flow fault scenarios: {world.scenarios}")
+    asked = sys.modules.get("asking_world")  # only where its tests ran
+    if asked is not None and asked.scenarios:
+        terminalreporter.write_line(f"flow fault scenarios: {asked.scenarios}")

@@ -131,6 +131,8 @@ class Vendor:
     stopping_s: float = 3.0
     latency_s: tuple[float, float] = (0.01, 0.05)
     upload_s: float = 2.0
+    vote_weight: float = 1.0
+    """What a vote counts in the matrix; the protocol allows fractions."""
     seed: int = 0
 
     flows: dict[str, Flow] = field(default_factory=dict)
@@ -173,7 +175,7 @@ class Vendor:
         if not late and (state not in ("Running", "Stopping") or (draining and not held)):
             return False
         assert winner != loser
-        item.wins[winner, loser] += 1
+        item.wins[winner, loser] += self.vote_weight
         item.votes += 1
         self.votes.append((item_id, winner, loser))
         self.state(item)
