@@ -39,7 +39,9 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
     if stage == "sft":
         return {**start, "sft": _content(recipe.sft)}
     if stage == "train-rm":
-        return {**start, "after": sft, "train_rm": _content(recipe.train_rm)}
+        own = recipe.train_rm.model if recipe.train_rm else None
+        backbone = {"backbone": _weights(own), "after": None} if own else {"after": sft}
+        return {**start, **backbone, "train_rm": _content(recipe.train_rm, without={"model", *_HOW_TO_KEEP})}
     if stage == "open-flow":
         return {"flow": _content(recipe.flow, without={"crowd", "stop_when_decided", *_HOW_TO_TALK})}
     if stage == "run-online":
@@ -49,11 +51,11 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
             "after": [sft, stage_fingerprint(loaded, "train-rm") if by_model else None],
             "flow": None if by_model else _content(recipe.flow, without=_HOW_TO_TALK),
             "data": _content(recipe.data, without={"heldout_prompts"}),
-            "system_prompt": recipe.data.system_prompt,
+            "system_prompt": recipe.data.system_prompt if recipe.data else None,
             "generator": [recipe.compute.generator, recipe.compute.generator_precision],
             "run_online": _content(recipe.run_online, without=_HOW_TO_KEEP),
         }
-    heldout = recipe.data.heldout_prompts
+    heldout = recipe.data.heldout_prompts if recipe.data else None
     return {
         "after": [
             stage_fingerprint(loaded, "run-online"),
@@ -75,8 +77,11 @@ def _content(section: Any, without: set[str] | frozenset[str] = frozenset()) -> 
 
 def _model(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model.model_dump(mode="json")
-    path = recipe.model.path
-    return {**values, "path": _folder(Path(path)) if path and os.path.isabs(path) else path}
+    return {**values, "path": _weights(recipe.model.path)}
+
+
+def _weights(path: str | None) -> Any:
+    return _folder(Path(path)) if path and os.path.isabs(path) else path
 
 
 def _folder(path: Path) -> list[tuple[str, str]]:

@@ -219,9 +219,9 @@ def _settle(node: Written, path: KeyPath, found: dict[KeyPath, Problem], list_of
     if path and isinstance(node.value, str) and node.value:
         if looks_secret(path[-1], node.value):
             complain("looks like a secret; name an environment variable that holds it, such as FLOW_TOKEN")
-        elif path == ("model", "path"):
+        elif path in (("model", "path"), ("train_rm", "model")):
             return replace(node, value=_model_path(node.value, node.folder, complain))
-        elif path == ("flow", "recording"):
+        elif path in (("flow", "recording"), ("train_rm", "votes")):
             folder = os.path.abspath(node.folder / os.path.expanduser(node.value))
             if not os.path.isfile(os.path.join(folder, "journal.jsonl")):
                 complain(f"is no run folder, it has no journal.jsonl: {folder}")

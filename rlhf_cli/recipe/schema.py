@@ -112,30 +112,72 @@ class Sft(Section):
     """Decoupled weight decay."""
 
 
+class StopEarly(Section):
+    """Stop where held-out data no longer get better; the best weights seen are kept."""
+
+    every: int = Field(20, ge=1)
+    """Steps between two looks at the held-out data."""
+    patience: int = Field(3, ge=1)
+    """Looks in a row without a lower loss before it stops."""
+
+
 class TrainRm(Section):
     """A reward model, fitted to all votes of the data with the Bradley-Terry likelihood."""
 
-    dataset: DataFile
-    """JSONL of `{"prompt", "chosen", "rejected"}` or `{"prompt", "completions", "wins"}`."""
+    dataset: DataFile | None = None
+    """JSONL of `{"prompt", "chosen", "rejected"}` or `{"prompt", "completions", "wins"}`; needed unless `votes` is."""
+    votes: DataFile | None = None
+    """A run folder whose own votes are trained on, alone or beside `dataset`."""
     heldout: DataFile | None = None
-    """The same, for the accuracy on votes that were not trained on."""
-    kind: Annotated[
-        Literal["bradley_terry", "pairwise"],
-        NotYet(one_of("pairwise"), "a {value} preference model is", "bradley_terry"),
-    ] = "bradley_terry"
-    """`bradley_terry` scores one completion at a time; `pairwise` compares two."""
+    """The same as `dataset`, for the accuracy on votes that were not trained on."""
+    model: str | None = Field(None, min_length=1)
+    """The backbone, as in `model.path`; what the run itself starts from when left out. An encoder such as `minilm`
+    will do."""
+    kind: Literal["bradley_terry", "pairwise"] = "bradley_terry"
+    """`bradley_terry` scores one completion at a time; `pairwise` reads prompt and both completions, in both orders."""
+    ensemble: int | None = Field(None, ge=2, le=100)
+    """So many small heads on one backbone, each on its own bootstrap of the votes: their mean is the reward, their
+    spread says how sure it is. Only with `bradley_terry`."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many steps, whatever `epochs` says."""
     learning_rate: float = Field(1e-5, gt=0, lt=1)
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after warming up."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
     batch_size: int = Field(8, ge=1)
-    """Groups a step."""
+    """Groups at once; with `pairwise`, pairs of completions."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients make one step; the same as a batch so many times as large, in less memory."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """A longer gradient is scaled down to this length."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of hidden units dropped while training, wherever the backbone has a place for it."""
     max_length: int = Field(1024, ge=8)
-    """Longest prompt and completion in tokens; a longer one loses the start of its prompt."""
+    """Longest prompt and completion in tokens. What is longer loses the start of its prompt, then that of its
+    completion, and is counted in the result."""
     centering: float = Field(0.01, ge=0)
-    """Weight of the squared mean reward of a group in the loss; keeps rewards near zero."""
+    """Weight in the loss of the squared sum of the two rewards of a vote, as TRL's `center_rewards_coefficient`: keeps
+    rewards near zero. Without effect on `pairwise`."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints that an interrupted training goes on from; none when left out."""
+    stop_early: StopEarly | None = None
+    """Needs `heldout`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dataset is None and self.votes is None:
+            raise problem("missing key 'dataset': a file of votes; or `votes`, a run folder", "dataset")
+        if self.kind == "pairwise" and self.ensemble is not None:
+            raise problem("an ensemble is of heads that score one completion: only with bradley_terry", "ensemble")
+        if self.stop_early is not None and self.heldout is None:
+            raise problem("stop_early needs `heldout`: data that were not trained on", "stop_early")
+        return self
 
 
 class Responses(Section):
@@ -456,7 +498,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Where all randomness comes from."""
     model: Model
-    data: Data
+    data: Data | None = None
     sft: Sft | None = None
     train_rm: TrainRm | None = None
     flow: Flow | None = None
