@@ -82,6 +82,7 @@ class Policy:
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)
         self.pad_id = int(self.tokenizer.pad_token_id)
+        assert recipe.data is not None
         self.max_prompt_tokens = recipe.data.max_prompt_tokens
         self.max_new_tokens = recipe.run_online.sampling.max_new_tokens if recipe.run_online else 0
         self.context_tokens: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)

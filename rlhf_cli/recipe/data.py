@@ -103,7 +103,7 @@ def read_voted_groups(path: Path) -> list[VotedGroup]:
 def check_files(recipe: Recipe) -> list[Complaint]:
     """Every mistake in the data files that the recipe names, without numpy or torch."""
     found: dict[Path, list[Complaint]] = {}
-    for prompts in filter(None, (recipe.data.prompts, recipe.data.heldout_prompts)):
+    for prompts in filter(None, (recipe.data.prompts, recipe.data.heldout_prompts) if recipe.data else ()):
         found[prompts] = _checked(prompts, _prompt_row, _ids_once)[1]
     for texts in filter(None, (recipe.sft.dataset, recipe.sft.heldout) if recipe.sft else ()):
         found[texts] = [*found.get(texts, []), *_checked(texts, _conversation_row, _one_kind)[1]]

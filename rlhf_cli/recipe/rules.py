@@ -19,6 +19,8 @@ def broken_rules(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         return data.get(name) is None
 
     if not absent("run_online"):
+        if absent("data"):
+            yield ("run_online",), "needs a `data` section: the prompts that the policy answers"
         feedback = section("run_online").get("feedback", "votes")
         if feedback == "votes" and absent("flow"):
             yield (

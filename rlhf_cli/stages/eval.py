@@ -85,6 +85,7 @@ def _answers(session: Session) -> tuple[list[Group], list[Group]]:
     """Answers to the held-out prompts by the model that training started from, and by the trained policy."""
     recipe = session.recipe
     assert recipe.eval is not None
+    assert recipe.data is not None
     assert recipe.data.heldout_prompts is not None
     prompts = read_prompts(recipe.data.heldout_prompts)
     sampling = recipe.run_online.sampling if recipe.run_online else Sampling()

@@ -168,9 +168,8 @@ def _stages(loaded: LoadedRecipe, state: RunState) -> dict[str, str]:
 
 def _data(recipe: Recipe) -> dict[str, int]:
     """Rows of the data files."""
-    found = {"prompts": len(read_prompts(recipe.data.prompts))}
-    if recipe.data.heldout_prompts is not None:
-        found["heldout_prompts"] = len(read_prompts(recipe.data.heldout_prompts))
+    prompts = {"prompts": recipe.data.prompts, "heldout_prompts": recipe.data.heldout_prompts} if recipe.data else {}
+    found = {name: len(read_prompts(path)) for name, path in prompts.items() if path is not None}
     if recipe.sft is not None:
         found["sft"] = len(read_conversations(recipe.sft.dataset))
     if recipe.train_rm is not None:

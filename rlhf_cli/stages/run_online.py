@@ -54,6 +54,7 @@ def run(
     recipe = loaded.recipe
     if recipe.run_online is None:
         raise UsageError(f"{loaded.path} has no section `run_online`; there is nothing to do for `rlhf run-online`")
+    assert recipe.data is not None  # a recipe with run_online is refused without
     with open_session("run-online", loaded, path, observers) as session, StopRequest().listening() as stop:
         if not fresh and (done := session.done(session.run.online_model)):
             return done
