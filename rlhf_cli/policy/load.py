@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +21,9 @@ from transformers import (
 from rlhf_cli.errors import DataError, MissingStage
 from rlhf_cli.policy.packaged import PACKAGED, model_dir
 from rlhf_cli.recipe.schema import Model
+
+PAD = "<|pad|>"
+"""What a reward model pads with where its tokenizer has nothing of its own."""
 
 
 def locate(path: str) -> str:
@@ -48,14 +53,46 @@ def precision(setting: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can pad; padding is on the left, where generation needs it.
 
+    One without a padding token pads with its end-of-sequence token. For a policy that is enough: its padding is masked
+    by length, and the loss sees every end of an answer. A reward model needs `own_pad`.
+
     Raises:
-        DataError: Nothing loadable there.
+        DataError: Nothing loadable there, or a tokenizer with nothing to pad with.
     """
     tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer of '{path}' has neither a padding nor an end-of-sequence token, so texts of different "
+                'lengths cannot share a batch; set "eos_token" in its tokenizer_config.json'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        DataError: Nothing loadable there.
+    """
+    config: PretrainedConfig = _from_pretrained(AutoConfig, path)
+    return config
+
+
+def own_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a reward model pad on the right with a token that nothing else uses.
+
+    Its head reads the last token that is not padding, so a padding token that also ends a text would hide that end.
+    The new token is saved with model and tokenizer; it is masked everywhere, so its embedding stays as it starts.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -131,8 +168,20 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
+def load_stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As `stop_token_ids`, without loading the model."""
+    try:
+        return _stops(tokenizer, GenerationConfig.from_pretrained(locate(path)))
+    except OSError:  # not every model brings generation settings; then its configuration has them
+        return _stops(tokenizer, load_config(path))
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
     """Every token that ends an answer: the tokenizer's and what the model's generation settings add."""
-    configured = model.generation_config.eos_token_id
+    return _stops(tokenizer, model.generation_config)
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | PretrainedConfig) -> list[int]:
+    configured = getattr(settings, "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *extra] if i is not None})
