@@ -242,6 +242,8 @@ class Vendor:
         if request.url.host != f"api.{self.domain}":
             raise Problem(404, "another host", violation=True)
         self._authenticate(request)
+        if request.headers.get("accept") != "application/json":
+            raise Problem(400, f"Accept is {request.headers.get('accept')!r}", violation=True)
         match request.method, *parts:
             case "POST", "flow", "ranking":
                 return self._create_flow(request)
@@ -322,8 +324,6 @@ class Vendor:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind != "Bearer" or not token:
             raise Problem(401, "a request without a token", violation=True)
-        if request.headers.get("accept") != "application/json":
-            raise Problem(400, f"Accept is {request.headers.get('accept')!r}", violation=True)
         if self.clock() >= self.tokens.get(token, 0.0):
             raise Problem(401, "the token is over")
 
