@@ -21,8 +21,8 @@ from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.learner.sft import OnStep, StepCallback, save_merged
 from rlhf_cli.policy.load import load_tokenizer, lora_config, train_only_last_layers
 from rlhf_cli.policy.scoring import encode_answer, load_reward_model, pad_right
-from rlhf_cli.recipe.data import VotedGroup
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.votes import VotedGroup
 
 
 class GroupRewardTrainer(RewardTrainer):

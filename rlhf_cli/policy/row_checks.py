@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.data import VotedGroup
+from rlhf_cli.recipe.votes import VotedGroup
 from rlhf_cli.types import Message, Prompt
 
 MAX_LEAKED = 0.01
@@ -63,12 +63,9 @@ def conversations(rows: Sequence[tuple[Message, ...] | str], wheres: Sequence[st
     ]
 
 
-def voted(groups: Sequence[VotedGroup], wheres: Sequence[str]) -> list[Example]:
+def voted(groups: Sequence[VotedGroup]) -> list[Example]:
     """Groups with votes; of two completions the one with more votes beats the other."""
-    return [
-        Example(where, g.prompt, g.completions, tuple(_winners(g.wins.wins)))
-        for g, where in zip(groups, wheres, strict=True)
-    ]
+    return [Example(g.where, g.prompt, g.completions, tuple(_winners(g.wins.wins))) for g in groups]
 
 
 def prompts_only(prompts: Sequence[Prompt]) -> list[Example]:
@@ -149,8 +146,9 @@ def contradicting(rows: Sequence[Example]) -> Iterator[Finding]:
             if other is not None and won != lost:
                 against.append((row, other))
     if against:
+        judged = "1 pair is" if len(against) == 1 else f"{len(against)} pairs are"
         yield Finding(
-            f"{places([row for row, _ in against])}: {len(against)} pairs are judged the other way elsewhere (the "
+            f"{places([row for row, _ in against])}: {judged} judged the other way elsewhere (the "
             f"first one at {against[0][1]}). With several raters that is their disagreement and belongs in the data; "
             "otherwise keep the judgement that is right, for the two cancel out"
         )

@@ -28,8 +28,8 @@ from rlhf_cli.online.recorder import Recorder
 from rlhf_cli.policy.load import load_tokenizer
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.policy.scoring import RewardModel, load_reward_model
-from rlhf_cli.recipe.data import VotedGroup
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.votes import VotedGroup
 from rlhf_cli.types import Completion, Group, Message, RankedGroup, WinMatrix
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "last_layers": {"last_layers": 1}, "lora": {"lora": {"rank": 4}}}
