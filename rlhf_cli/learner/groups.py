@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.policy.encoding import Encoded
 from rlhf_cli.types import WinMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a reward model learns from at once: texts, the votes between them, and what these weigh for each head."""
+
+    rows: tuple[Encoded, ...]
+    wins: WinMatrix
+    weights: tuple[float, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest text."""
+        return max(len(row.ids) for row in self.rows)
 
 
 def stack_wins(matrices: Sequence[WinMatrix], device: torch.device) -> tuple[Tensor, Tensor]:

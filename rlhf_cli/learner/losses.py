@@ -20,10 +20,27 @@ def win_matrix_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
 
     Source: Bradley and Terry (1952); with the scores of DPO, the loss of Rafailov et al. (2023), eq. 7, over all votes.
     """
-    margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
     votes_B = wins_BGG.sum((1, 2))
-    nll_B = (wins_BGG * F.softplus(-margins_BGG)).sum((1, 2)) / votes_B.clamp(min=1e-9)
+    nll_B = votes_nll(scores_BG, wins_BGG) / votes_B.clamp(min=1e-9)
     return nll_B.sum() / (votes_B > 0).sum().clamp(min=1)
+
+
+def votes_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+    """Negative log-likelihood of all votes of each group, in nats: `win_matrix_nll` before any averaging.
+
+    Dimensions may come before B, as with several heads that score the same completions.
+    """
+    margins_BGG = scores_BG[..., :, None] - scores_BG[..., None, :]
+    return (wins_BGG * F.softplus(-margins_BGG)).sum((-2, -1))
+
+
+def votes_offset(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+    """Squared sum of the two scores of each vote, added up per group: what Bradley-Terry leaves free.
+
+    Source: `center_rewards_coefficient` of TRL's RewardTrainer, after Eisenstein et al. (2023), over all votes.
+    """
+    sums_BGG = scores_BG[..., :, None] + scores_BG[..., None, :]
+    return (wins_BGG * sums_BGG.square()).sum((-2, -1))
 
 
 def best_worst(wins_BGG: Tensor) -> Tensor:

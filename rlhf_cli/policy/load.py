@@ -22,7 +22,7 @@ from rlhf_cli.errors import DataError, MissingStage
 from rlhf_cli.policy.packaged import PACKAGED, model_dir
 from rlhf_cli.recipe.schema import Model
 
-PAD = "<|pad|>"
+PAD = "[PAD]"
 """What a reward model pads with where its tokenizer has nothing of its own."""
 
 
@@ -139,13 +139,29 @@ def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
 
 
 def train_only_last_layers(model: PreTrainedModel, count: int) -> None:
-    """Freeze everything but the last `count` transformer layers and the final norm."""
+    """Freeze everything but the last `count` transformer layers and what comes after them: norm, pooler, scalar head.
+
+    The vocabulary projection of a language model stays frozen too.
+
+    Raises:
+        DataError: A backbone without a list of layers.
+    """
+    backbone = model.base_model
+    lists = [(name, m) for name, m in backbone.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        raise DataError(f"{type(model).__name__} has no list of layers, so model.last_layers means nothing for it")
+    name, layers = max(lists, key=lambda found: len(found[1]))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    backbone = model.base_model
-    for layer in backbone.layers[-count:]:
+    for layer in layers[-count:]:
         layer.requires_grad_(True)
-    backbone.norm.requires_grad_(True)
+    parts = [part for part, _ in backbone.named_children()]
+    for part in parts[parts.index(name.split(".")[0]) + 1 :]:
+        backbone.get_submodule(part).requires_grad_(True)
+    if model.get_output_embeddings() is None:
+        for _, part in model.named_children():
+            if part is not backbone:
+                part.requires_grad_(True)
 
 
 def lora_config(section: Model, task: str) -> LoraConfig | None:

@@ -27,7 +27,7 @@ from rlhf_cli.learner.sft import train_sft
 from rlhf_cli.online.recorder import Recorder
 from rlhf_cli.policy.load import load_tokenizer
 from rlhf_cli.policy.policy import Policy
-from rlhf_cli.policy.scoring import RewardModel, load_reward_model
+from rlhf_cli.policy.scoring import RewardModel, open_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.votes import VotedGroup
 from rlhf_cli.types import Completion, Group, Message, RankedGroup, WinMatrix
@@ -289,7 +289,8 @@ def test_the_reward_model_learns_from_whole_groups_and_is_saved_with_its_head(
     assert figures["accuracy"] > 0.8
     assert figures["heldout_accuracy"] > 0.8
     folder = str(tmp_path / "model")
-    scorer = RewardModel(load_reward_model(folder), load_tokenizer(folder), 100)
+    scorer = open_reward_model(folder)
+    assert isinstance(scorer, RewardModel)
     best, worst, middle = scorer.score(GROUPS[0].prompt, GROUPS[0].completions)
     assert best > middle > worst
 
