@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rlhf_cli.text import one_line, visible
@@ -31,20 +32,25 @@ def out_json(document: object) -> None:
 
 
 def out_result(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print what a stage found: JSON, a table on a terminal, `key: value` lines elsewhere."""
+    """Print what a stage found: JSON, a table for each part of it on a terminal, `key: value` lines elsewhere."""
     if as_json:
         out_json(result)
+    elif not sys.stdout.isatty():
+        out("\n".join(f"{key}: {_cell(value)}" for key, value in _flat(result)))
     else:
-        out_rows([{"": key, " ": value} for key, value in _flat(result)], ": ")
+        for part, rows in groupby(_flat(result), key=lambda row: row[0].partition(".")[0] if "." in row[0] else ""):
+            if part:
+                out(f"\n{part}")
+            out_rows([{"": f"  {key.removeprefix(f'{part}.')}", " ": value} for key, value in rows])
 
 
-def out_rows(rows: Sequence[Mapping[str, Any]], between: str = "\t") -> None:
+def out_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows that share their keys: a table on a terminal, one line each elsewhere."""
     if not rows:
         return
     cells = [[_cell(value) for value in row.values()] for row in rows]
     if not sys.stdout.isatty():
-        out("\n".join(between.join(line) for line in cells))
+        out("\n".join("\t".join(line) for line in cells))
         return
     from rich.console import Console
     from rich.table import Table
