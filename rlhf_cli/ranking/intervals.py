@@ -57,7 +57,34 @@ def win_rate(wins_losses_by_prompt: Sequence[tuple[float, float]]) -> Estimate:
     spread = variance(shares) / prompts
     comparisons = sum(total for _, total in compared)
     n = min(rate * (1 - rate) / spread, max(comparisons, prompts)) if spread > 1e-12 else prompts
-    t2 = t_quantile_975(prompts - 1) ** 2
+    return _wilson(rate, n, prompts - 1)
+
+
+def clustered_share(parts_totals_by_cluster: Sequence[tuple[float, float]]) -> Estimate:
+    """Share of all cases, every case counting alike, where cases of one cluster share its luck.
+
+    The interval stays inside [0, 1] and keeps its width where every case went the same way.
+
+    Raises:
+        ValueError: There are no cases.
+
+    Source: the ratio estimate with its linearised variance, Cochran (1977), chapter 6; interval as in `win_rate`.
+    """
+    counted = [(part, total) for part, total in parts_totals_by_cluster if total > 0]
+    if not counted:
+        raise ValueError("no cases, so there is no share")
+    cases, clusters = sum(total for _, total in counted), len(counted)
+    share = min(1.0, sum(part for part, _ in counted) / cases)
+    if clusters == 1:
+        return Estimate(share, 0.0, 1.0)
+    residuals = sum((part - share * total) ** 2 for part, total in counted)
+    spread = residuals * clusters / (clusters - 1) / cases**2
+    n = min(share * (1 - share) / spread, max(cases, clusters)) if spread > 1e-12 else clusters
+    return _wilson(share, n, clusters - 1)
+
+
+def _wilson(rate: float, n: float, freedom: int) -> Estimate:
+    t2 = t_quantile_975(freedom) ** 2
     middle = (rate + t2 / (2 * n)) / (1 + t2 / n)
     half = math.sqrt(t2 * (rate * (1 - rate) / n + t2 / (4 * n * n))) / (1 + t2 / n)
     return Estimate(rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)))

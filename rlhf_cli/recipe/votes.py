@@ -99,6 +99,8 @@ def voted_row(row: Row) -> VoteRow:
     if source is not None and source.startswith("item:"):  # as `rlhf votes export` has it: a source for every group
         source = None
     if "response_1" in row:
+        # An answer such as 42 or true has lost its quotes in files of this shape.
+        row |= {k: json.dumps(row[k]) for k in ("response_1", "response_2") if isinstance(row.get(k), int | float)}
         answers = (completion_of(row, "response_1"), completion_of(row, "response_2"))
         votes = tuple(_choice(vote, n) for n, vote in enumerate(_list(row, "votes"), 1))
         return _counted(prompt_of(row), answers, votes, source)
@@ -174,14 +176,14 @@ def rated_wins(ratings: Sequence[Sequence[float]]) -> WinMatrix:
 
     from rlhf_cli.types import WinMatrix
 
-    arrays = [np.asarray(row, dtype=float) for row in ratings]
-    wins = np.zeros((len(arrays), len(arrays)))
-    for i, a in enumerate(arrays):
-        for j, b in enumerate(arrays):
-            if i != j:
-                above = (a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean()
-                wins[i, j] = above * min(len(a), len(b))
-    return WinMatrix(wins)
+    levels = np.unique(np.concatenate([np.asarray(row, dtype=float) for row in ratings]))
+    counts_GL = np.array([(np.asarray(row, dtype=float)[:, None] == levels).sum(0) for row in ratings])
+    below_GL = np.cumsum(counts_GL, axis=1) - counts_GL
+    halves_GG = counts_GL @ (2 * below_GL + counts_GL).T  # whole numbers, so that equal texts stay exactly equal
+    raters_G = counts_GL.sum(1)
+    wins_GG = halves_GG * np.minimum.outer(raters_G, raters_G) / (2 * np.multiply.outer(raters_G, raters_G))
+    np.fill_diagonal(wins_GG, 0)
+    return WinMatrix(wins_GG)
 
 
 def _together(rows: Iterable[tuple[P, RatedText]]) -> dict[tuple[object, ...], list[tuple[P, RatedText]]]:

@@ -1,0 +1,127 @@
+"""The honesty report in words, and what makes a reward model untrustworthy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FEW_PAIRS = 100
+HIGH_ECE = 0.05
+HIGH_LENGTH_CORRELATION = 0.5
+LOW_CONSISTENCY = 0.9
+MANY_TRUNCATED = 0.1
+
+Report = dict[str, Any]
+
+
+def verdict(report: Report) -> list[str]:
+    """What a person would say of the figures, one sentence each."""
+    accuracy, ceiling = report["accuracy"], report["ceiling"]
+    if accuracy is None:
+        return ["No held-out pair has a majority, so nothing can be said about the accuracy."]
+    longer = report["longer_wins"]["characters"]
+    said = [
+        f"On {accuracy['pairs']:,} held-out pairs it prefers what most raters prefer {share(accuracy)}; "
+        f"always taking the longer one does so {percent(longer['value'])} of the time."
+    ]
+    if ceiling is not None:
+        same = ceiling["accuracy_on_the_same"]
+        beside = f"; on the same {ceiling['pairs']:,} pairs the model has {percent(same['value'])}" if same else ""
+        said.append(f"Half of the raters predict the other half {share(ceiling)}{beside}.")
+    if report["calibration"] is not None:
+        temperature = report["temperature"]["value"]
+        said.append("As trained, " + confidence(report["calibration"]["before"]))
+        said.append(f"At temperature {temperature:.3g}, " + confidence(report["calibration"]["after"]))
+    length = report["length"]
+    if length["correlation"] is not None:
+        beside = length["correlation_of_votes"]
+        votes = "" if beside is None else f"; that of the votes with length is {beside:+.2f}"
+        said.append(f"Within a prompt its rewards correlate with length at {length['correlation']:+.2f}{votes}.")
+    return said
+
+
+def confidence(measured: Report) -> str:
+    """Whether probabilities promise too much or too little, with the bin that shows it best."""
+    excess = measured["excess"]
+    if excess["low"] <= 0 <= excess["high"]:
+        return (
+            "it is neither over- nor under-confident as far as "
+            f"{measured['votes']:,.0f} votes can tell: it says {percent(excess['value'] + right(measured))} on average "
+            f"and is right {percent(right(measured))} of the time."
+        )
+    over = excess["value"] > 0
+    worst = max(measured["bins"], key=lambda b: (b["said"] - b["was"]["value"]) * b["votes"] * (1 if over else -1))
+    word = "over" if over else "under"
+    return (
+        f"it is {word}-confident: where it says {percent(worst['said'])}, it is right {percent(worst['was']['value'])} "
+        "of the time."
+    )
+
+
+def right(measured: Report) -> float:
+    """Share of the votes that went the model's way."""
+    return float(sum(b["votes"] * b["was"]["value"] for b in measured["bins"]) / measured["votes"])
+
+
+def warnings(report: Report) -> list[str]:
+    """Why not to trust the model, or not these figures; each says what to do."""
+    accuracy, longer, sizes = report["accuracy"], report["longer_wins"]["characters"], report["sizes"]
+    temperature, calibration, length = report["temperature"], report["calibration"], report["length"]
+    found = []
+    pairs = accuracy["pairs"] if accuracy else 0
+    if pairs < FEW_PAIRS:
+        found.append(
+            f"Only {pairs} held-out pairs have a majority: the figures are too uncertain to rely on. Hold out at least "
+            f"{FEW_PAIRS}, better a thousand."
+        )
+    if accuracy:
+        rule, name = longer["value"], "longer"
+        if rule < 0.5:
+            rule, name = 1 - rule, "shorter"
+        if accuracy["low"] <= 0.5:
+            found.append("It may be no better than chance: its accuracy is not surely above 50 %. Do not train on it.")
+        elif accuracy["low"] <= rule:
+            found.append(
+                f"It is not surely better than always taking the {name} completion ({percent(rule)}): it may have "
+                "learned length and little else. Use more votes, or pairs of equal length."
+            )
+    if length["correlation"] is not None and abs(length["correlation"]) > HIGH_LENGTH_CORRELATION:
+        found.append(
+            f"Its rewards follow length (correlation {length['correlation']:+.2f} within a prompt), so a policy "
+            f"trained on it drifts to {'longer' if length['correlation'] > 0 else 'shorter'} completions. Watch their "
+            "length, and balance the pairs by length."
+        )
+    if temperature["problem"] is not None:
+        found.append(f"Its probabilities could not be put right: {temperature['problem']}.")
+    if calibration is None:
+        found.append("No votes are left to check its probabilities on: hold out more prompts.")
+    elif calibration["after"]["ece"] > HIGH_ECE:
+        after = calibration["after"]
+        found.append(
+            f"Its probabilities are off by {percent(after['ece'])} on average even at the fitted temperature (so few "
+            f"votes alone make that {percent(after['ece_by_chance'])}): do not read them as shares of raters."
+        )
+    if report["consistency"] is not None and report["consistency"] < LOW_CONSISTENCY:
+        found.append(
+            f"On {percent(1 - report['consistency'])} of the pairs its verdict depends on which completion comes "
+            "first. Both orders are averaged; train longer, or with more pairs."
+        )
+    truncated = sizes["truncated"]
+    if truncated is not None and truncated > MANY_TRUNCATED * sizes["completions"]:
+        found.append(
+            f"{truncated:,} of {sizes['completions']:,} held-out completions did not fit into max_length and were "
+            "judged in part. Raise train_rm.max_length."
+        )
+    if sizes["pairs_scored_equal"] > 0.5 * sizes["pairs"]:
+        found.append(
+            "More than half of the pairs get the same score twice: the head may be reading padding instead of the text."
+        )
+    return found
+
+
+def share(estimate: Report) -> str:
+    value, low, high = (percent(estimate[name]) for name in ("value", "low", "high"))
+    return f"{value} of the time (95 % interval {low} to {high})"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
