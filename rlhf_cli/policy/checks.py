@@ -13,9 +13,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DataError
+from rlhf_cli.policy.encoding import Encoded, batch_of, is_encoder
 from rlhf_cli.policy.load import load_config, load_stop_token_ids, load_tokenizer
 from rlhf_cli.policy.row_checks import Example, Finding, check_rows, doubled, places, settle, shared_prompts
-from rlhf_cli.policy.scoring import pad_right
 from rlhf_cli.types import Message
 
 PROBE = (Message("user", "Name a colour."), Message("assistant", "Blue."), Message("user", "And an animal?"))
@@ -49,7 +49,7 @@ def check_train_rm(path: str, train: Sequence[Example], heldout: Sequence[Exampl
     findings = [*check_rows(train, heldout), *_vocabulary(path, tokenizer, rows), *_control_tokens(tokenizer, rows)]
     if tokenizer.chat_template:
         findings += _broken_template(path, tokenizer)
-    elif tokenizer.eos_token_id is not None and any(len(row.prompt) > 1 for row in rows):
+    elif not is_encoder(tokenizer) and any(len(row.prompt) > 1 for row in rows):
         findings.append(
             Finding(
                 f"the tokenizer of '{path}' has no chat template, so the turns of a conversation are joined by line "
@@ -80,11 +80,11 @@ def check_run_online(
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> None:
+def check_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> None:
     """Make sure that the head of a reward model reads the end of the text, whatever stands beside it in the batch.
 
     Args:
-        rows: Token ids of two inputs that have to score differently, of different lengths.
+        rows: Two inputs that have to score differently, of different lengths.
 
     Raises:
         DataError: Padding that the head cannot tell from text, or scores that do not depend on the completion.
@@ -108,8 +108,8 @@ def check_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
         )
     was_training = model.training
     model.eval()
-    alone_R = torch.cat([model(**pad_right([row], pad, model.device)).logits[:, 0] for row in rows])
-    together_R = model(**pad_right(rows, pad, model.device)).logits[:, 0]
+    alone_R = torch.cat([model(**batch_of([row], pad, model.device)).logits.float().mean(1) for row in rows])
+    together_R = model(**batch_of(rows, pad, model.device)).logits.float().mean(1)  # several heads vote
     model.train(was_training)
     apart = float((alone_R[0] - alone_R[1]).abs())
     if apart <= 1e-6 * float(alone_R.abs().max()):
@@ -193,7 +193,7 @@ def _broken_template(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 def _templates_agree(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Whether both models read the same text. An encoder has no template and reads plain text, as it was trained."""
-    if policy.chat_template is None or (reward_model.chat_template is None and reward_model.eos_token_id is None):
+    if policy.chat_template is None or is_encoder(reward_model):
         return
     turns = (*PROBE, Message("assistant", PROBE_ANSWERS[0]))
     theirs = _rendered(reward_model, turns) if reward_model.chat_template else None
