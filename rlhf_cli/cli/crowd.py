@@ -110,11 +110,12 @@ def find_taste(name: str) -> Taste:
 def _reward_model(folder: Path) -> Taste:
     from functools import lru_cache
 
-    from rlhf_cli.policy.load import load_tokenizer
-    from rlhf_cli.policy.scoring import RewardModel, load_reward_model
+    from rlhf_cli.policy.scoring import RewardModel, open_reward_model
     from rlhf_cli.types import Message
 
-    model = RewardModel(load_reward_model(str(folder)), load_tokenizer(str(folder)), max_length=1024)
+    model = open_reward_model(str(folder))
+    if not isinstance(model, RewardModel):
+        raise UsageError(f"--taste {folder} is a pairwise model; a rater needs one that scores a completion by itself")
 
     @lru_cache(maxsize=4096)  # every completion of a group is judged many times
     def likes(prompt: str, completion: str) -> float:

@@ -1,4 +1,4 @@
-"""A reward model in place of people: its Bradley-Terry probabilities as the votes."""
+"""A reward model in place of people: its calibrated probabilities as the votes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import numpy as np
 from rlhf_cli.journal.events import GroupRanked, GroupSetAside
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.replay import GroupState
-from rlhf_cli.policy.scoring import RewardModel
+from rlhf_cli.policy.scoring import PairwiseModel, RewardModel
 from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
 
 
 class RewardModelFeedback:
     """Answers at once; one expected vote per pair, split by the probability that the model gives to either side."""
 
-    def __init__(self, model: RewardModel, journal: Journal) -> None:
+    def __init__(self, model: RewardModel | PairwiseModel, journal: Journal) -> None:
         self.model, self.journal = model, journal
         self._decided: list[RankedGroup | Unranked] = []
 
     def submit(self, group: Group) -> None:
-        rewards_G = np.array(self.model.score(group.prompt.messages, [c.text for c in group.completions]))
-        if not np.isfinite(rewards_G).all():
+        wins_GG = self.model.probability(group.prompt.messages, [c.text for c in group.completions])
+        if not np.isfinite(wins_GG).all():
             reason = "the reward model gave a score that is not a number"
             self.journal.append(GroupSetAside(group_id=group.id, reason=reason))
             self._decided.append(Unranked(group, reason))
             return
-        wins_GG = 0.5 + 0.5 * np.tanh(0.5 * (rewards_G[:, None] - rewards_G[None, :]))  # logistic, without overflow
         np.fill_diagonal(wins_GG, 0)
         ranked = RankedGroup(group, WinMatrix(wins_GG), source="reward_model:train_rm", latency_s=0.0, complete=True)
         wins = tuple(tuple(row) for row in ranked.wins.wins.tolist())

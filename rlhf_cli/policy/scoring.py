@@ -110,7 +110,7 @@ def open_reward_model(path: str) -> RewardModel | PairwiseModel:
     return RewardModel(model, tokenizer, about)
 
 
-class _Reader:
+class Reader:
     """What both kinds share: a model that turns encoded texts into numbers."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: About) -> None:
@@ -144,7 +144,7 @@ class _Reader:
         return self.probabilities([(prompt, completions)])[0]
 
 
-class RewardModel(_Reader):
+class RewardModel(Reader):
     """Scores completions one at a time; higher is better, the zero point means nothing."""
 
     def score_all(self, texts: Sequence[Text]) -> list[tuple[Array, Array | None]]:
@@ -168,7 +168,7 @@ class RewardModel(_Reader):
         return [rewards[:, None] - rewards[None, :] for rewards, _ in self.score_all(texts)]
 
 
-class PairwiseModel(_Reader):
+class PairwiseModel(Reader):
     """Compares two completions of a prompt, in both orders."""
 
     def one_way(self, texts: Sequence[Text]) -> list[Array]:

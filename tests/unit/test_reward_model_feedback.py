@@ -11,14 +11,19 @@ from stream_world import Disk
 
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.journal.events import GroupRanked, GroupSampled, GroupSetAside
+from rlhf_cli.policy.scoring import About, Array, Text, Reader
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Unranked
 
 
-class Scorer:
+class Scorer(Reader):
     """Reads the reward of a completion from its text."""
 
-    def score(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
-        return [float(text) for text in completions]
+    def __init__(self) -> None:
+        self.about = About()
+
+    def logits(self, texts: Sequence[Text]) -> list[Array]:
+        rewards = [np.array([float(c) for c in completions]) for _, completions in texts]
+        return [r[:, None] - r[None, :] for r in rewards]
 
 
 def group(*rewards: float, name: str = "g") -> Group:
