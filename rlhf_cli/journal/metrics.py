@@ -24,6 +24,13 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "sft/loss": Metric("loss", "nats", "Supervised: negative log-likelihood, per token.", ".3f"),
+    "sft/heldout_loss": Metric("held-out loss", "nats", "The same on texts that were not trained on.", ".3f"),
+    "sft/accuracy": Metric("accuracy", "", "Share of tokens that the model would have chosen.", ".3f"),
+    "sft/grad_norm": Metric("gradient norm", "", "Norm of the gradient before clipping.", ".3f"),
+    "sft/learning_rate": Metric("learning rate", "", "Step size of the optimiser.", ".2e"),
+    "sft/tokens_per_s": Metric("tokens per second", "tokens", "Trained on, padding not counted.", ".0f"),
+    "sft/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
     "reward/mean": Metric("reward", "", "Mean score of freshly sampled completions.", ".3f"),
     "reward/std": Metric("reward spread", "", "Standard deviation of that score.", ".3f"),
     "kl/sequence_nats": Metric("KL", "nats", "KL from the reference, per completion.", ".2f"),

@@ -30,6 +30,8 @@ class Seen:
     """The latest value of every metric and status figure."""
     reward: dict[int, float] = field(default_factory=dict)
     kl: dict[int, float] = field(default_factory=dict)
+    loss: dict[int, float] = field(default_factory=dict)
+    """Of the supervised stage."""
     ranked: list[float] = field(default_factory=list)
     """Votes of each group ranked since the last step."""
 
@@ -37,6 +39,7 @@ class Seen:
         match event:
             case StageStarted():
                 self.stage = event.stage
+                self.step = 0
             case StageFinished():
                 self.stage = ""
             case FlowOpened():
@@ -55,7 +58,11 @@ class Seen:
     def metrics(self, step: int, row: Mapping[str, float]) -> None:
         self.step = step
         self.now |= row
-        for name, series in (("reward/mean", self.reward), ("kl/sequence_nats", self.kl)):
+        for name, series in (
+            ("reward/mean", self.reward),
+            ("kl/sequence_nats", self.kl),
+            ("sft/loss", self.loss),
+        ):
             if math.isfinite(row.get(name, math.nan)):
                 series[step] = row[name]
 
@@ -70,7 +77,9 @@ def panel(seen: Seen, width: int) -> list[Text]:
         lines.append(
             _row("service", (f"unreachable for {seen.now['flow/unreachable_s']:.0f} s, asking again", "yellow"))
         )
-    if "run/steps_total" in seen.now or seen.step:
+    if seen.stage == "sft":
+        lines += _supervised(seen, width)
+    elif "run/steps_total" in seen.now or seen.step:
         lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_pace(seen, width)]
     for line in lines:
         line.no_wrap = True
@@ -109,6 +118,15 @@ def _head(seen: Seen, width: int) -> Text:
 
 def _row(label: str, *parts: str | tuple[str, str]) -> Text:
     return Text.assemble((f"{label:<{_LABEL}}", "dim"), *parts)
+
+
+def _supervised(seen: Seen, width: int) -> list[Text]:
+    values = [seen.loss[step] for step in sorted(seen.loss)]
+    if not values:
+        return []
+    now = seen.now
+    facts = _facts(now, ("sft/heldout_loss", "held out {:.3f}"), ("sft/tokens_per_s", "{:,.0f} tokens/s"))
+    return [_row("loss", (sparkline(values, width // 4), "green"), (f"  {values[-1]:.3f} nats", "bold"), f"  {facts}")]
 
 
 def _reward(seen: Seen, width: int) -> Text:

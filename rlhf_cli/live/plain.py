@@ -14,6 +14,9 @@ PROGRESS_EVERY_S = 10.0
 HEARTBEAT_EVERY_S = 30.0
 
 _STEP = {  # short names, because a line should fit a log viewer
+    "sft/loss": ("loss", ".4f"),
+    "sft/heldout_loss": ("heldout_loss", ".4f"),
+    "sft/tokens_per_s": ("tokens_per_s", ".0f"),
     "reward/mean": ("reward", ".3f"),
     "kl/sequence_nats": ("kl", ".2f"),
     "train/loss": ("loss", ".4f"),

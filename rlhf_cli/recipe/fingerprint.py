@@ -37,7 +37,8 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
     start = {"model": _model(recipe), "seed": recipe.seed, "precision": recipe.compute.precision}
     sft = stage_fingerprint(loaded, "sft") if recipe.sft and stage != "sft" else None
     if stage == "sft":
-        return {**start, "sft": _content(recipe.sft)}
+        system_prompt = recipe.data.system_prompt if recipe.data else None
+        return {**start, "sft": _content(recipe.sft, without=_HOW_TO_KEEP), "system_prompt": system_prompt}
     if stage == "train-rm":
         own = recipe.train_rm.model if recipe.train_rm else None
         backbone = {"backbone": _weights(own), "after": None} if own else {"after": sft}
@@ -72,7 +73,15 @@ def _content(section: Any, without: set[str] | frozenset[str] = frozenset()) -> 
     if section is None:
         return None
     values = section.model_dump(mode="python", exclude=without)
-    return {key: _file(value) if isinstance(value, Path) else value for key, value in values.items()}
+    return _with_files(values)
+
+
+def _with_files(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_files(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_files(item) for item in value]
+    return _file(value) if isinstance(value, Path) else value
 
 
 def _model(recipe: Recipe) -> dict[str, Any]:

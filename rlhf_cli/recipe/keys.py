@@ -34,6 +34,8 @@ def section_at(path: KeyPath) -> type[Section] | None:
     """The section at `path`; the recipe itself at ()."""
     section: type[Section] | None = Recipe
     for key in path:
+        if key.isdigit():  # an item of a list of sections
+            continue
         field = section.model_fields.get(key) if section else None
         section = section_of(field) if field else None
     return section
@@ -47,6 +49,12 @@ def field_at(path: KeyPath) -> FieldInfo | None:
 
 def is_file(field: FieldInfo) -> bool:
     return Path in atoms(field.annotation)
+
+
+def is_source(field: FieldInfo) -> bool:
+    """Whether the key names a file or a hub id."""
+    kinds = list(atoms(field.annotation))
+    return Path in kinds and str in kinds
 
 
 def takes_text(field: FieldInfo) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,22 @@ Service = Annotated[str, AfterValidator(_service)]
 
 DataFile = Annotated[Path, Field(strict=False)]
 """A file that has to exist; relative to the recipe that names it."""
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+"""Of the files that rows are read from."""
+
+
+def _local_or_hub(value: object) -> object:
+    return Path(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+Source = Annotated[
+    Annotated[Path, Field(strict=True)] | Annotated[str, Field(min_length=1)], BeforeValidator(_local_or_hub)
+]
+"""Where rows come from: a file of one of `SUFFIXES`, relative to the recipe, or a hub id `org/name[:split]`, a str."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of a whole."""
 
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 """The name of an environment variable that holds a secret, never the secret itself."""

@@ -18,14 +18,15 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from rlhf_cli.errors import RecipeError, UsageError
-from rlhf_cli.recipe.keys import KeyPath, field_at, is_file, section_of, suggestion, takes_text
-from rlhf_cli.recipe.kinds import Section
+from rlhf_cli.recipe.keys import KeyPath, field_at, is_file, is_source, section_of, suggestion, takes_text
+from rlhf_cli.recipe.kinds import SUFFIXES, Section
 from rlhf_cli.recipe.problems import Place, Problem, describe, looks_secret
 from rlhf_cli.recipe.rules import broken_rules
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.written import Scalar, Unreadable, Written, read, scalar
 
 _SET_RANK = 1000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%:+-]+)?")
 _VARIABLE = re.compile(r"\$\$\{|\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 
@@ -226,6 +227,8 @@ def _settle(node: Written, path: KeyPath, found: dict[KeyPath, Problem], list_of
             if not os.path.isfile(os.path.join(folder, "journal.jsonl")):
                 complain(f"is no run folder, it has no journal.jsonl: {folder}")
             return replace(node, value=folder)
+        elif field is not None and is_source(field) and path not in found:
+            return replace(node, value=_source(node.value, node.folder, complain))
         elif field is not None and is_file(field) and path not in found:
             file = os.path.abspath(node.folder / os.path.expanduser(node.value))
             if not os.path.isfile(file):
@@ -276,6 +279,19 @@ def _model_path(value: str, folder: Path, complain: Callable[[str], None]) -> st
     return value
 
 
+def _source(value: str, folder: Path, complain: Callable[[str], None]) -> str:
+    """The path of a file of rows, or a hub id as it is written."""
+    file = os.path.abspath(folder / os.path.expanduser(value))
+    suffix = os.path.splitext(value)[1].lower()
+    if _HUB_ID.fullmatch(value) and not re.fullmatch(r"\.[a-z]+", suffix) and not os.path.exists(os.path.dirname(file)):
+        return value
+    if suffix not in SUFFIXES:
+        complain(f"expected a {', '.join(SUFFIXES)} file or a hub id such as org/name:train, got {value!r}")
+    elif not os.path.isfile(file):
+        complain(f"is a folder, not a file: {file}" if os.path.isdir(file) else f"no such file: {file}")
+    return file
+
+
 def _origins(nodes: dict[KeyPath, Written]) -> dict[str, str]:
     """Where the value of every key that holds one came from."""
 
@@ -283,7 +299,7 @@ def _origins(nodes: dict[KeyPath, Written]) -> dict[str, str]:
         for name, field in section.model_fields.items():
             here = (*path, name)
             inner, node = section_of(field), nodes.get(here)
-            if inner is not None and not (node and node.value is None) and (node or field.default_factory):
+            if inner is not None and (isinstance(node.value, dict) if node else field.default_factory):
                 yield from below(inner, here)
             elif node is None:
                 yield ".".join(here), "default"

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from rlhf_cli.recipe.keys import atoms, section_of
+from rlhf_cli.recipe.keys import atoms, is_source, section_of
 from rlhf_cli.recipe.kinds import NotYet, Section
 from rlhf_cli.recipe.schema import Recipe
 
@@ -98,6 +98,8 @@ def _section(section: type[Section], path: str) -> Iterator[str]:
         if inner is not None:
             below.append((inner, dotted))
         value = f"[section](#{dotted.replace('.', '')})" if inner else _value(field)
+        if inner and is_source(field):
+            value = f"file, hub id, or list of [parts](#{dotted.replace('.', '')})"
         meaning = meanings(section).get(name) or (_meaning(inner) if inner else "")
         yield f"\n| `{name}` | {value} | {_default(field)} | {meaning} |"
     yield "\n"
@@ -119,6 +121,8 @@ def _value(field: FieldInfo) -> str:
     if any(isinstance(mark, WithJsonSchema) for mark in kinds):
         return "duration"
     names = list(dict.fromkeys(_KINDS[kind] for kind in kinds if kind in _KINDS))
+    if is_source(field):
+        names = ["hub id" if name == "text" else name for name in names]
     if get_origin(field.annotation) is list or any(get_origin(kind) is list for kind in get_args(field.annotation)):
         names.append("list")
     bounds = [

@@ -16,6 +16,8 @@ from rlhf_cli.recipe.kinds import (
     NotYet,
     Section,
     Service,
+    Share,
+    Source,
     in_order,
     more_than_one,
     one_of,
@@ -89,29 +91,6 @@ class Data(Section):
     """Longest prompt in tokens, chat template included; a longer one is an error, never cut."""
 
 
-class Sft(Section):
-    """Supervised fine-tuning: the model that online training starts from and is compared with."""
-
-    dataset: DataFile
-    """JSONL of `{"messages"}`, `{"prompt", "completion"}` or `{"text"}`."""
-    heldout: DataFile | None = None
-    """The same, for the loss on texts that were not trained on."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the data."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many steps, whatever `epochs` says."""
-    learning_rate: float = Field(1e-5, gt=0, lt=1)
-    """Peak learning rate."""
-    batch_size: int = Field(8, ge=1)
-    """Conversations a step."""
-    max_length: int = Field(1024, ge=8)
-    """Longest conversation in tokens; the rest is cut off."""
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-
-
 class StopEarly(Section):
     """Stop where held-out data no longer get better; the best weights seen are kept."""
 
@@ -121,15 +100,78 @@ class StopEarly(Section):
     """Looks in a row without a lower loss before it stops."""
 
 
+class Part(Section):
+    """A source of rows and how much of it goes into a mixture."""
+
+    source: Source
+    """A `.jsonl`, `.csv` or `.parquet` file, or a hub id `org/name[:split]`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the rows, beside the weights of the other parts; no row is used twice in an epoch."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning: the model that online training starts from and is compared with."""
+
+    dataset: Source | list[Part]
+    """Rows of `{"messages"}`, `{"prompt", "completion"}` or `{"text"}`: a file, a hub id, or a list of them with
+    weights."""
+    heldout: Share | Source | None = None
+    """The same, for the loss on texts that were not trained on; a number takes that share of the prompts of
+    `dataset`."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps, whatever `epochs` says."""
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after warming up."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    batch_size: int = Field(8, ge=1)
+    """Conversations at once; with `packing`, rows of `max_length` tokens."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients make one step; the same as a batch so many times as large, in less memory."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """A longer gradient is scaled down to this length."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_length: int = Field(1024, ge=8)
+    """Longest conversation in tokens; the rest is cut off, and the rows that this happened to are counted."""
+    packing: bool = False
+    """Put several conversations into one row of `max_length` tokens, so that none is spent on padding; each attends to
+    itself only."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """`completion` learns the last turn of the assistant, `all` every token; a raw text is learned whole."""
+    stop_early: StopEarly | None = None
+    """Needs `heldout`."""
+    samples: int = Field(4, ge=0, le=100)
+    """Prompts answered before and after, in `samples/sft.jsonl` and in the report: the first held-out ones, else the
+    first of the data."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints that an interrupted training goes on from; none when left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.dataset, list) and not self.dataset:
+            raise problem("an empty list: name at least one source", "dataset")
+        if self.stop_early is not None and self.heldout is None:
+            raise problem("stop_early needs `heldout`: texts that were not trained on", "stop_early")
+        return self
+
+
 class TrainRm(Section):
     """A reward model, fitted to all votes of the data with the Bradley-Terry likelihood."""
 
-    dataset: DataFile | None = None
-    """JSONL of `{"prompt", "chosen", "rejected"}` or `{"prompt", "completions", "wins"}`; needed unless `votes` is."""
+    dataset: Source | list[Part] | None = None
+    """Votes: rows of `{"prompt", "chosen", "rejected"}`, `{"prompt", "completions", "wins"}` or, by rater,
+    `{"prompt", "completions", "votes"}`, or of rated texts, `{"text", "ratings"}`; a file, a hub id, or a list of them
+    with weights. Needed unless `votes` is given."""
     votes: DataFile | None = None
     """A run folder whose own votes are trained on, alone or beside `dataset`."""
-    heldout: DataFile | None = None
-    """The same as `dataset`, for the accuracy on votes that were not trained on."""
+    heldout: Share | Source | None = None
+    """The same, for the report on votes that were not trained on; a number takes that share of the prompts of
+    `dataset` and `votes`."""
     model: str | None = Field(None, min_length=1)
     """The backbone, as in `model.path`; what the run itself starts from when left out. An encoder such as `minilm`
     will do."""

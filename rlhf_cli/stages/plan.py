@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Sized
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.replay import RunState, replay
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.ranking.intervals import detectable_win_rate
-from rlhf_cli.recipe.data import read_conversations, read_prompts, read_voted_groups
+from rlhf_cli.recipe.data import Dataset, Heldout, parts_of, read_conversations, read_prompts, read_votes
 from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.recipe.schema import Crowd, Recipe
@@ -171,10 +172,19 @@ def _data(recipe: Recipe) -> dict[str, int]:
     prompts = {"prompts": recipe.data.prompts, "heldout_prompts": recipe.data.heldout_prompts} if recipe.data else {}
     found = {name: len(read_prompts(path)) for name, path in prompts.items() if path is not None}
     if recipe.sft is not None:
-        found["sft"] = len(read_conversations(recipe.sft.dataset))
-    if recipe.train_rm is not None:
-        found["train_rm"] = len(read_voted_groups(recipe.train_rm.dataset))
+        found |= _rows("sft", read_conversations, recipe.sft.dataset, recipe.sft.heldout, recipe.seed)
+    if recipe.train_rm is not None and recipe.train_rm.dataset is not None:
+        found |= _rows("train_rm", read_votes, recipe.train_rm.dataset, recipe.train_rm.heldout, recipe.seed)
     return found
+
+
+def _rows(
+    name: str, read: Callable[..., tuple[Sized, Sized]], dataset: Dataset, heldout: Heldout, seed: int
+) -> dict[str, int]:
+    if any(isinstance(source, str) for source in [*(source for source, _ in parts_of(dataset)), heldout]):
+        return {}  # of the hub: a plan fetches nothing
+    train, kept_apart = read(dataset, heldout, seed=seed)
+    return {name: len(train), **({f"{name}_heldout": len(kept_apart)} if len(kept_apart) else {})}
 
 
 def _votes(recipe: Recipe, items: int, asked_again: bool = False) -> dict[str, Any]:

@@ -2,53 +2,92 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
-from rlhf_cli.learner.sft import train_sft
+from rlhf_cli.journal.run_dir import write_atomic
+from rlhf_cli.learner.checkpoints import Checkpoints, clear, newest
+from rlhf_cli.learner.sft import SftRow, train_sft
+from rlhf_cli.online.stop import StopRequest
+from rlhf_cli.policy.checks import check_sft
+from rlhf_cli.policy.hub import hub_rows
+from rlhf_cli.policy.row_checks import conversations
 from rlhf_cli.policy.tiny import build_tiny_model
-from rlhf_cli.recipe.data import read_conversations
+from rlhf_cli.recipe.data import Conversations, read_conversations
 from rlhf_cli.recipe.load import LoadedRecipe
-from rlhf_cli.stages.session import Result, open_session, put_in_place
+from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
 from rlhf_cli.types import Message
 
 
 def run(
     loaded: LoadedRecipe, path: Path, observers: Sequence[Observer] = (), *, resume: bool = False, fresh: bool = False
 ) -> Result:
-    """Fine-tune on `sft.dataset`; leaves `sft/model`. An interrupted one starts over: it costs no votes."""
+    """Fine-tune on `sft.dataset`; leaves `sft/model`. Goes on from its newest checkpoint unless `fresh`."""
     section, model = loaded.recipe.sft, loaded.recipe.model
     if section is None:
         raise UsageError(f"{loaded.path} has no section `sft`; there is nothing to do for `rlhf sft`")
-    with open_session("sft", loaded, path, observers) as session:
-        if not fresh and (done := session.done(session.run.sft_model)):
+    with open_session("sft", loaded, path, observers) as session, StopRequest().listening() as stop:
+        run = session.run
+        if not fresh and (done := session.done(run.sft_model)):
             return done
-        rows = read_conversations(section.dataset)
-        heldout = read_conversations(section.heldout) if section.heldout else []
-        session.start()
-        folder = session.run.sft_model.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        train, heldout = read_conversations(section.dataset, section.heldout, seed=loaded.recipe.seed, hub=hub_rows)
+        rows, heldout_rows = _briefed(session, train), _briefed(session, heldout)
+        checkpoint = None if fresh else newest(run.sft_checkpoints, session.fingerprint)
+        if checkpoint is None:
+            clear(run.sft_checkpoints)
+            run.sft_metrics.unlink(missing_ok=True)
+        run.sft_checkpoints.mkdir(parents=True, exist_ok=True)
+        session.progress("loading the model", 0, 1)
+        with tempfile.TemporaryDirectory(dir=run.sft_model.parent) as scratch:
             start = model.path
             if model.from_scratch is not None:
                 start = str(Path(scratch) / "start")
-                build_tiny_model([_text(r) for r in rows], model.from_scratch, loaded.recipe.seed, Path(start))
+                build_tiny_model([_text(row) for row in rows], model.from_scratch, loaded.recipe.seed, Path(start))
             assert start is not None
-            session.progress("loading the model", 0, None)
-            losses = train_sft(
+            known, known_heldout = (conversations(rows, train.wheres), conversations(heldout_rows, heldout.wheres))
+            warnings = check_sft(start, known, known_heldout, section.max_length)
+            session.start(resumed_from_step=checkpoint.step if checkpoint else None)
+            for warning in warnings:
+                session.note(warning)
+            metrics = MetricsWriter(run.sft_metrics, observers)
+            result = train_sft(
                 start,
                 loaded.recipe,
                 rows,
-                heldout,
-                Path(scratch),
+                heldout_rows,
+                Path(scratch) / "model",
+                Checkpoints(
+                    run.sft_checkpoints,
+                    session.fingerprint,
+                    section.checkpoint_every,
+                    stopping=lambda: stop.signal_number is not None,
+                    stop=stop.check,
+                ),
+                checkpoint,
                 lambda done, total: session.progress("supervised fine-tuning", done, total),
+                metrics.append,
             )
-            put_in_place(Path(scratch) / "model", session.run.sft_model)
-        return session.finish({"rows": len(rows), **losses})
+            session.progress("loading the model", 1, 1)
+            write_atomic(run.sft_samples, b"".join(json.dumps(s).encode() + b"\n" for s in result.samples))
+            put_in_place(Path(scratch) / "model", run.sft_model)
+        finished = session.finish({"rows": len(rows), "heldout_rows": len(heldout_rows), **result.figures})
+        clear(run.sft_checkpoints)
+        return finished
 
 
-def _text(row: tuple[Message, ...] | str) -> str:
+def _briefed(session: Session, read: Conversations) -> list[SftRow]:
+    """The rows as the model will meet them: with the system prompt of the recipe where they have none of their own."""
+    data = session.recipe.data
+    if data is None or data.system_prompt is None:
+        return list(read.rows)
+    system = Message("system", data.system_prompt)
+    return [row if isinstance(row, str) or row[0].role == "system" else (system, *row) for row in read.rows]
+
+
+def _text(row: SftRow) -> str:
     return row if isinstance(row, str) else "\n".join(m.content for m in row)

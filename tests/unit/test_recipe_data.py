@@ -44,8 +44,8 @@ def test_prompts_are_text_or_conversations_and_get_an_id_when_they_have_none() -
 
 def test_conversations_come_in_three_shapes() -> None:
     chats = write_rows(Path("c.jsonl"), [{"messages": [USER, ANSWER]}, {"prompt": "Hi", "completion": "Hello"}])
-    assert read_conversations(chats) == [(Message("user", "Hi"), Message("assistant", "Hello"))] * 2
-    assert read_conversations(write_rows(Path("t.jsonl"), [{"text": "A story."}])) == ["A story."]
+    assert read_conversations(chats)[0].rows == [(Message("user", "Hi"), Message("assistant", "Hello"))] * 2
+    assert read_conversations(write_rows(Path("t.jsonl"), [{"text": "A story."}]))[0].rows == ["A story."]
 
 
 def test_votes_come_as_pairs_or_as_a_matrix() -> None:
