@@ -35,10 +35,8 @@ def split_half(group: VotedGroup) -> Halves | None:
     size = len(group.completions)
     agreed_GG, decided_GG = np.zeros((size, size)), np.zeros((size, size))
     if group.ratings:
-        seed = int.from_bytes(hashlib.sha256(group.key.encode()).digest()[:8])
-        rng = np.random.default_rng(seed)
-        for _ in range(SPLITS):
-            first, second = _split_ratings(group, rng)
+        for n in range(SPLITS):
+            first, second = _split_ratings(group, n)
             for said, truth in ((first, second), (second, first)):
                 decided_GG += (truth != 0) / (2 * SPLITS)
                 agreed_GG += np.where(truth == 0, 0, (1 + said * truth) / 2) / (2 * SPLITS)
@@ -66,15 +64,16 @@ def corrected(agreement: float) -> float:
     return 0.5 + math.asin(math.sqrt(2 * half / (1 + half))) / math.pi
 
 
-def _split_ratings(group: VotedGroup, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Who is preferred, 1, -1 or 0 for no majority, by two halves of each text's raters."""
-    halves: tuple[list[Floats], list[Floats]] = ([], [])
-    for ratings in group.ratings:
-        shuffled = rng.permutation(np.asarray(ratings, dtype=float))
+def _split_ratings(group: VotedGroup, n: int) -> tuple[Floats, Floats]:
+    """Who is preferred, 1, -1 or 0 for no majority, by the n-th two halves of each text's raters."""
+    halves: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for text, ratings in zip(group.completions, group.ratings, strict=True):
+        rng = np.random.default_rng([n, *hashlib.sha256(text.encode()).digest()])
+        shuffled = rng.permutation(np.sort(ratings)).tolist()
         middle = (len(shuffled) + int(rng.integers(2))) // 2 if len(shuffled) > 1 else 1
         halves[0].append(shuffled[:middle])
-        halves[1].append(shuffled[middle:] if len(shuffled) > 1 else shuffled)
-    first, second = (rated_wins([list(part) for part in half]).wins for half in halves)
+        halves[1].append(shuffled[middle:] or shuffled)
+    first, second = (rated_wins(half).wins for half in halves)
     return np.sign(first - first.T), np.sign(second - second.T)
 
 
