@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def _checked(name: str, recipe_file: Path, sets: list[str] | None, run_dir: Path
 def _run(name: str, loaded: LoadedRecipe, folder: Path, output: Output, **options: bool) -> dict[str, Any]:
     crash_goes_to(folder)
 
+    from rlhf_cli.journal.run_dir import RunDir
     from rlhf_cli.live.open import open_display
 
     with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
@@ -118,6 +120,9 @@ def _run(name: str, loaded: LoadedRecipe, folder: Path, output: Output, **option
             from rlhf_cli.report.build import build_report
 
             result = {**result, "report": str(build_report(folder))}
+        elif name == "train-rm":
+            report = RunDir(folder).train_rm_report
+            result = {**result, "honesty": json.loads(report.read_bytes()) if report.exists() else None}
     return result
 
 
@@ -159,8 +164,15 @@ def stoppable() -> Iterator[None]:
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
-    if as_json or "win_rate" not in result:
-        out_result(result if as_json else _in_words(result), as_json)
+    if as_json:
+        out_result(result, as_json)
+    elif "win_rate" not in result:
+        honesty = result.get("honesty")
+        out_result(_in_words({k: v for k, v in result.items() if k != "honesty"}), as_json)
+        if honesty is not None:
+            from rlhf_cli.live.honesty import print_honesty
+
+            print_honesty(honesty, sys.stdout)
     else:
         from rlhf_cli.live.results import print_results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 FEW_PAIRS = 100
 HIGH_ECE = 0.05
@@ -25,7 +25,7 @@ def verdict(report: Report) -> list[str]:
     ]
     if ceiling is not None:
         same = ceiling["accuracy_on_the_same"]
-        beside = f"; on the same {ceiling['pairs']:,} pairs the model has {percent(same['value'])}" if same else ""
+        beside = f"; on such pairs the model has {percent(same['value'])}" if same else ""
         said.append(f"Half of the raters predict the other half {share(ceiling)}{beside}.")
     if report["calibration"] is not None:
         temperature = report["temperature"]["value"]
@@ -78,7 +78,7 @@ def warnings(report: Report) -> list[str]:
         if rule < 0.5:
             rule, name = 1 - rule, "shorter"
         if accuracy["low"] <= 0.5:
-            found.append("It may be no better than chance: its accuracy is not surely above 50 %. Do not train on it.")
+            found.append("It may be no better than chance: its accuracy is not surely above 50%. Do not train on it.")
         elif accuracy["low"] <= rule:
             found.append(
                 f"It is not surely better than always taking the {name} completion ({percent(rule)}): it may have "
@@ -120,8 +120,83 @@ def warnings(report: Report) -> list[str]:
 
 def share(estimate: Report) -> str:
     value, low, high = (percent(estimate[name]) for name in ("value", "low", "high"))
-    return f"{value} of the time (95 % interval {low} to {high})"
+    return f"{value} of the time (95% interval {low} to {high})"
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{value:.1%}"
+
+
+class Row(NamedTuple):
+    """A line of the table: what was measured, the figure, its 95% interval, and on how much."""
+
+    name: str
+    value: str
+    interval: str
+    of: str
+
+
+def rows(report: Report) -> list[Row]:
+    """The table for people; what is not known is left out. Names of sources are as the data have them: untrusted."""
+    longer, ceiling, votes = report["longer_wins"], report["ceiling"], report["vote_accuracy"]
+    found = [
+        _row("accuracy: prefers what most raters prefer", report["accuracy"]),
+        _row("always the longer one (characters)", longer["characters"]),
+        _row("always the longer one (tokens)", longer["tokens"]),
+        _row("ahead of the better rule of length by", longer["advantage"], signed=True),
+        _row("raters: one half predicts the other half", ceiling),
+    ]
+    if ceiling is not None:
+        found += [
+            _row("the model on the same pairs", ceiling["accuracy_on_the_same"]),
+            Row("best reachable against all raters", percent(ceiling["corrected"]), "", "estimate"),
+        ]
+    found.append(_row("single votes that go its way", votes, of=f"{report['sizes']['votes']:,.0f} votes"))
+    found.append(Row("the most that anybody could", percent(votes["best_possible"]), "", ""))
+    if report["consistency"] is not None:
+        found.append(Row("both orders agree", percent(report["consistency"]), "", ""))
+    found += _calibration_rows(report)
+    length = report["length"]
+    for name, key in (("rewards and length, correlation", ""), ("votes and length, correlation", "_of_votes")):
+        if length[f"correlation{key}"] is not None:
+            found.append(Row(name, f"{length[f'correlation{key}']:+.2f}", "", "within a prompt"))
+    for title, key in (("source", "by_source"), ("votes", "by_margin"), ("length", "by_length")):
+        found += [_row(f"accuracy, {title}: {kind['name']}", kind) for kind in report[key]]
+    if report["sizes"]["truncated"] is not None:
+        found.append(
+            Row("completions cut to max_length", f"{report['sizes']['truncated']:,}", "", _completions(report))
+        )
+    return [row for row in found if row is not None]
+
+
+def _calibration_rows(report: Report) -> list[Row | None]:
+    temperature, calibration = report["temperature"], report["calibration"]
+    low, high = temperature["low"], temperature["high"]
+    interval = "" if low is None else f"{low:.3g} to {high:.3g}"
+    found: list[Row | None] = [
+        Row("temperature", f"{temperature['value']:.3g}", interval, f"{temperature['pairs']:,} pairs, fitted")
+    ]
+    for when in ("before", "after") if calibration is not None else ():
+        measured = calibration[when]
+        of = f"{measured['pairs']:,} other pairs"
+        chance = f"chance alone {percent(measured['ece_by_chance'])}"
+        found += [
+            Row(f"calibration error {when} scaling", percent(measured["ece"]), chance, of),
+            _row(f"surer than right {when} scaling by", measured["excess"], signed=True, of=of),
+            Row(f"surprise of a vote {when} scaling", f"{measured['nll_nats']:.3f} nats", "a coin 0.693", of),
+        ]
+    return found
+
+
+def _row(name: str, estimate: Report | None, *, signed: bool = False, of: str | None = None) -> Row | None:
+    if estimate is None:
+        return None
+    value, low, high = (
+        f"{100 * estimate[key]:+.1f}" if signed else percent(estimate[key]) for key in ("value", "low", "high")
+    )
+    pairs = f"{estimate['pairs']:,} pairs" if "pairs" in estimate else ""
+    return Row(name, f"{value} points" if signed else value, f"{low} to {high}", pairs if of is None else of)
+
+
+def _completions(report: Report) -> str:
+    return f"of {report['sizes']['completions']:,}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -149,8 +150,7 @@ def test_confidence_is_said_in_words(temperature: float, said: str) -> None:
     }
     assert said in confidence(report)
     if temperature != 1:
-        worst = confidence(report)
-        says, right = (float(word) for word in worst.replace("%", "").split() if word.replace(".", "", 1).isdigit())
+        says, right = map(float, re.findall(r"([\d.]+)%", confidence(report)))
         assert (says > right) is (temperature > 1)
 
 

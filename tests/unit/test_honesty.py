@@ -241,7 +241,7 @@ def follows_length(judged: Judged) -> Judged:
         (lambda: follows_length(many(5)), "rewards follow length"),
         (lambda: Judged(*length_wins()), "not surely better than always taking the longer"),
         (lambda: Judged(*length_wins(-1)), "not surely better than always taking the shorter"),
-        (lambda: Judged(many(5).groups, many(5).scores, consistency=0.8), "On 20.0 % of the pairs its verdict depends"),
+        (lambda: Judged(many(5).groups, many(5).scores, consistency=0.8), "On 20.0% of the pairs its verdict depends"),
         (lambda: Judged(many(5).groups, many(5).scores, truncated=190), "190 of"),
         (lambda: Judged(*two_minds()), "off by"),
     ],
