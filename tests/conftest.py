@@ -8,7 +8,7 @@ import sys
 import pytest
 from cli_world import smoke  # noqa: F401
 from flow_world import clock, store, world  # noqa: F401
-from tiny_world import recipe, tiny  # noqa: F401
+from tiny_world import recipe, tiny, tiny_encoder  # noqa: F401
 
 for name, value in {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on busy cores cost up to twenty times the work itself

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_cli import __version__
-from rlhf_cli.cli import check, crowd, models, people, report, serve, stages, topics, vote, votes
+from rlhf_cli.cli import check, crowd, models, people, report, score, serve, stages, topics, vote, votes
 from rlhf_cli.cli.crash import write_crash
 from rlhf_cli.cli.show import err
 from rlhf_cli.errors import RecipeError, RlhfError
@@ -51,6 +51,7 @@ check.add_to(app)
 stages.add_to(app)
 report.add_to(app)
 models.add_to(app)
+score.add_to(app)
 serve.add_to(app)
 people.add_to(app)
 crowd.add_to(app)

@@ -33,6 +33,7 @@ from rlhf_cli.learner.losses import vote_agreement, votes_nll, votes_offset
 from rlhf_cli.learner.pairwise import comparisons, order_scores, orders_agree
 from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.learner.sft import OnStep, StepCallback
+from rlhf_cli.policy.checks import check_head
 from rlhf_cli.policy.encoding import batch_of, encode_answer, longest
 from rlhf_cli.policy.heads import fresh_heads, head_name, save_heads, set_dropout
 from rlhf_cli.policy.load import load_tokenizer, lora_config, own_pad, train_only_last_layers
@@ -96,7 +97,7 @@ class VotesTrainer(RewardTrainer):
     def scores(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Rewards by every head, shape (K, B, G)."""
         read = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
-        return self.to_scores(model(**read).logits.float(), inputs["is_completion_BG"])
+        return self.to_scores(model(**read).logits, inputs["is_completion_BG"])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: Any) -> Tensor:
         """Votes of all batches that make one step, so that accumulating them is the same as one large batch."""
@@ -206,6 +207,9 @@ def train_reward_model(
         return answers(tokenizer, some, length, section.ensemble, recipe.seed)
 
     examples, kept_apart = examples_of(groups), examples_of(heldout)
+    by_length = sorted((row for e in examples for row in e.rows), key=lambda row: len(row.ids))
+    if by_length[0].ids != by_length[-1].ids:
+        check_head(model, tokenizer, [by_length[0], by_length[-1]])
     plan = plan_batches(
         [e.tokens for e in examples],
         section.batch_size,
@@ -236,6 +240,7 @@ def train_reward_model(
             weight_decay=section.weight_decay,
             max_grad_norm=section.max_grad_norm,
             disable_dropout=False,  # set above, by the recipe
+            logging_nan_inf_filter=False,
             remove_unused_columns=False,
         ),
     )

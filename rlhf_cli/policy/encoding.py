@@ -57,8 +57,7 @@ def encode_comparison(
             raise DataError(
                 f"max_length {max_length} is too short to compare two completions; raise train_rm.max_length"
             )
-        texts = _shorten(tokenizer, texts, over)
-        cut += over
+        texts, cut = _shorten(tokenizer, texts, over), cut + over
     return Encoded(encoded.ids, encoded.types, cut)
 
 
@@ -126,13 +125,13 @@ def _comparison(tokenizer: PreTrainedTokenizerBase, context: str, first: str, se
 
 
 def _shorten(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], over: int) -> list[str]:
-    """Without about `over` tokens: the start of the first text, then of whichever of the others is longer."""
+    """Without about `over` tokens: the start of the first text; once that is empty, of whichever other is longer."""
     starts = [
         [start for start, _ in tokenizer(t, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
         for t in texts
     ]
     left = [len(s) for s in starts]
-    for _ in range(over):
+    for _ in range(over if not left[0] else min(over, left[0])):
         k = 0 if left[0] else 1 if left[1] >= left[2] else 2
         left[k] = max(0, left[k] - 1)
     return [t[s[len(s) - n] :] if n else "" for t, s, n in zip(texts, starts, left, strict=True)]

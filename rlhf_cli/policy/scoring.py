@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.policy.encoding import Encoded, batch_of, encode_answer, encode_comparison, longest
@@ -82,16 +81,12 @@ def load_reward_model(path: str) -> PreTrainedModel:
     Raises:
         DataError: Nothing loadable there.
     """
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a fresh head is what we ask for, not something to warn of
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             locate(path), num_labels=1, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         raise DataError(f"no reward model could be made from '{path}': {str(error).splitlines()[0]}") from error
-    finally:
-        logging.set_verbosity(before)
     return model
 
 
@@ -133,8 +128,11 @@ class Reader:
 
     def probabilities(self, texts: Sequence[Text]) -> list[Array]:
         """For each prompt a matrix: the calibrated probability that i is better than j; 1/2 against itself."""
-        scaled = [logits / self.about.temperature for logits in self.logits(texts)]
-        return [0.5 + 0.5 * np.tanh(0.5 * logits) for logits in scaled]  # logistic, without overflow
+        return [self.calibrated(logits) for logits in self.logits(texts)]
+
+    def calibrated(self, logits: Array) -> Array:
+        """Probabilities for what `logits` gave."""
+        return 0.5 + 0.5 * np.tanh(0.5 * logits / self.about.temperature)  # logistic, without overflow
 
     def logits(self, texts: Sequence[Text]) -> list[Array]:
         raise NotImplementedError
