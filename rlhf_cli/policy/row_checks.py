@@ -64,8 +64,18 @@ def conversations(rows: Sequence[tuple[Message, ...] | str], wheres: Sequence[st
 
 
 def voted(groups: Sequence[VotedGroup]) -> list[Example]:
-    """Groups with votes; of two completions the one with more votes beats the other."""
-    return [Example(g.where, g.prompt, g.completions, tuple(_winners(g.wins.wins))) for g in groups]
+    """Groups with votes; of two completions the one with more votes beats the other.
+
+    Texts that were rated one by one are examples of their own, named by their words: the group is ours, not a row.
+    """
+    rows: list[Example] = []
+    for g in groups:
+        if g.ratings:
+            file = g.where.rpartition(":")[0]
+            rows += [Example(f"{file}: {text[:40]!r}", g.prompt, (text,)) for text in g.completions]
+        else:
+            rows.append(Example(g.where, g.prompt, g.completions, tuple(_winners(g.wins.wins))))
+    return rows
 
 
 def prompts_only(prompts: Sequence[Prompt]) -> list[Example]:
@@ -123,14 +133,12 @@ def shared_prompts(train: Sequence[Example], heldout: Sequence[Example]) -> Iter
 
 def doubled(rows: Sequence[Example]) -> Iterator[Finding]:
     """Rows that are there twice or more."""
-    first: dict[int, str] = {}
-    again = [r for r in rows if first.setdefault(hash((r.prompt, r.completions, r.beats)), r.where) != r.where]
+    first: dict[int, Example] = {}
+    again = [(row, twin) for row in rows if (twin := first.setdefault(_same(row), row)) is not row]
     if again:
-        twin = first[hash((again[0].prompt, again[0].completions, again[0].beats))]
         yield Finding(
-            f"{places(again)}: {_rows(len(again))} of {len(rows)} repeat an earlier one word for word (the first one "
-            f"that at {twin}) and weigh double; remove them, unless they are votes of"
-            " several raters"
+            f"{places([row for row, _ in again])}: {_rows(len(again))} of {len(rows)} repeat an earlier one word for word (the first one "
+            f"repeats {again[0][1].where}) and weigh double; remove them, unless they are votes of several raters"
         )
 
 
@@ -183,7 +191,7 @@ def one_length(rows: Sequence[Example]) -> Iterator[Finding]:
     if total < ENOUGH or 2 * lengths[longest := max(lengths)] <= total:
         return
     yield Finding(
-        f"{rows[0].where.rpartition(':')[0]}: {lengths[longest]} of {total} completions have exactly {longest} "
+        f"{rows[0].where.partition(':')[0]}: {lengths[longest]} of {total} completions have exactly {longest} "
         "characters, the longest there are: they look cut off. Make the file again without the limit, or the model "
         "learns to stop in mid-sentence"
     )
@@ -197,6 +205,11 @@ def places(rows: Sequence[Example]) -> str:
 
 def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
+
+
+def _same(row: Example) -> int:
+    """A number that rows share which say the same."""
+    return hash((row.prompt, row.completions, row.beats))
 
 
 def _plain(text: str) -> str:

@@ -16,7 +16,7 @@ from rlhf_cli.policy.row_checks import (
     shared_prompts,
     voted,
 )
-from rlhf_cli.recipe.votes import VotedGroup
+from rlhf_cli.recipe.votes import VotedGroup, rated_wins
 from rlhf_cli.types import Message, Prompt, WinMatrix
 
 GOOD = [
@@ -99,7 +99,7 @@ def test_rows_that_repeat_an_earlier_one_are_named() -> None:
 
     assert len(notes) == 1
     assert notes[0].startswith("pairs.jsonl:4, pairs.jsonl:5: 2 rows of 5 repeat an earlier one word for word")
-    assert "pairs.jsonl:1" in notes[0]
+    assert "(the first one repeats pairs.jsonl:1)" in notes[0]
 
 
 def test_pairs_judged_both_ways_are_named_with_each_other() -> None:
@@ -148,6 +148,21 @@ def test_completions_cut_at_one_length_are_noticed() -> None:
 
 def test_completions_of_many_lengths_pass_in_silence() -> None:
     assert found(pairs([(f"Question {n}?", "good " * n, "bad " * (n + 1)) for n in range(1, 30)])) == []
+
+
+def rated(file: str, *texts: str) -> list[Example]:
+    """Texts that were rated one by one, as the reader groups them."""
+    ratings = tuple((float(n), n + 1.0) for n in range(len(texts)))
+    return voted([VotedGroup((), texts, rated_wins(ratings), "tweets", ratings=ratings, where=f"{file}:1")])
+
+
+def test_rated_texts_are_compared_one_by_one_however_they_were_grouped() -> None:
+    train = rated("rated.jsonl", "Superb.", "Dull, I fear.", "Not for me, thanks.")
+
+    assert found(train, rated("new.jsonl", "A delight!", "Rather long.")) == []
+    with pytest.raises(DataError, match=r"new\.jsonl: 'DULL, I fear\.': 1 row of 2 held-out ones"):
+        found(train, rated("new.jsonl", "A delight!", "DULL, I fear."))
+    assert found(rated("rated.jsonl", "Yes.", "No.", "Yes."))[0].startswith("rated.jsonl: 'Yes.': 1 row of 3 repeat")
 
 
 def test_conversations_are_checked_by_their_last_turn_and_raw_texts_as_they_are() -> None:
