@@ -140,32 +140,30 @@ def rows(report: Report) -> list[Row]:
     """The table for people; what is not known is left out. Names of sources are as the data have them: untrusted."""
     longer, ceiling, votes = report["longer_wins"], report["ceiling"], report["vote_accuracy"]
     found = [
-        _row("accuracy: prefers what most raters prefer", report["accuracy"]),
-        _row("always the longer one (characters)", longer["characters"]),
-        _row("always the longer one (tokens)", longer["tokens"]),
-        _row("ahead of the better rule of length by", longer["advantage"], signed=True),
-        _row("raters: one half predicts the other half", ceiling),
+        _row("accuracy", report["accuracy"]),
+        _row("longer wins (characters)", longer["characters"]),
+        _row("longer wins (tokens)", longer["tokens"]),
+        _row("ahead of the rule of length", longer["advantage"], signed=True),
+        _row("raters, half against half", ceiling),
     ]
     if ceiling is not None:
         found += [
-            _row("the model on the same pairs", ceiling["accuracy_on_the_same"]),
-            Row("best reachable against all raters", percent(ceiling["corrected"]), "", "estimate"),
+            _row("the model on these pairs", ceiling["accuracy_on_the_same"]),
+            Row("reachable, all raters", percent(ceiling["corrected"]), "", "estimate"),
         ]
-    found.append(_row("single votes that go its way", votes, of=f"{report['sizes']['votes']:,.0f} votes"))
-    found.append(Row("the most that anybody could", percent(votes["best_possible"]), "", ""))
+    found.append(_row("votes that go its way", votes, of=f"{report['sizes']['votes']:,.0f} votes"))
+    found.append(Row("most that could", percent(votes["best_possible"]), "", ""))
     if report["consistency"] is not None:
         found.append(Row("both orders agree", percent(report["consistency"]), "", ""))
     found += _calibration_rows(report)
     length = report["length"]
-    for name, key in (("rewards and length, correlation", ""), ("votes and length, correlation", "_of_votes")):
+    for name, key in (("rewards follow length", ""), ("votes follow length", "_of_votes")):
         if length[f"correlation{key}"] is not None:
             found.append(Row(name, f"{length[f'correlation{key}']:+.2f}", "", "within a prompt"))
     for title, key in (("source", "by_source"), ("votes", "by_margin"), ("length", "by_length")):
-        found += [_row(f"accuracy, {title}: {kind['name']}", kind) for kind in report[key]]
+        found += [_row(f"{title}: {kind['name']}", kind) for kind in report[key]]
     if report["sizes"]["truncated"] is not None:
-        found.append(
-            Row("completions cut to max_length", f"{report['sizes']['truncated']:,}", "", _completions(report))
-        )
+        found.append(Row("completions cut", f"{report['sizes']['truncated']:,}", "", _completions(report)))
     return [row for row in found if row is not None]
 
 
@@ -174,16 +172,16 @@ def _calibration_rows(report: Report) -> list[Row | None]:
     low, high = temperature["low"], temperature["high"]
     interval = "" if low is None else f"{low:.3g} to {high:.3g}"
     found: list[Row | None] = [
-        Row("temperature", f"{temperature['value']:.3g}", interval, f"{temperature['pairs']:,} pairs, fitted")
+        Row("temperature", f"{temperature['value']:.3g}", interval, f"{temperature['pairs']:,} pairs")
     ]
     for when in ("before", "after") if calibration is not None else ():
         measured = calibration[when]
-        of = f"{measured['pairs']:,} other pairs"
-        chance = f"chance alone {percent(measured['ece_by_chance'])}"
+        of = f"{measured['pairs']:,} pairs"
+        chance = f"by chance {percent(measured['ece_by_chance'])}"
         found += [
-            Row(f"calibration error {when} scaling", percent(measured["ece"]), chance, of),
-            _row(f"surer than right {when} scaling by", measured["excess"], signed=True, of=of),
-            Row(f"surprise of a vote {when} scaling", f"{measured['nll_nats']:.3f} nats", "a coin 0.693", of),
+            Row(f"calibration error {when}", percent(measured["ece"]), chance, of),
+            _row(f"over-confidence {when}", measured["excess"], signed=True, of=of),
+            Row(f"surprise of a vote {when}", f"{measured['nll_nats']:.3f} nats", "a coin 0.693", of),
         ]
     return found
 

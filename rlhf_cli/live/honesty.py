@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -31,8 +30,8 @@ def print_honesty(report: Mapping[str, Any], file: TextIO) -> None:
 def _on_terminal(console: Console, report: Mapping[str, Any]) -> None:
     console.print(Text("\nHow far to trust this reward model", "bold"))
     for text in report["words"]:
-        console.print(Padding(Text(one_line(text)), (0, 2)))
-    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+        console.print(Text(one_line(text)))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("on held-out votes", overflow="fold")
     for title in ("", "95% interval", "measured on"):
         table.add_column(title, justify="right")
