@@ -137,8 +137,9 @@ def doubled(rows: Sequence[Example]) -> Iterator[Finding]:
     again = [(row, twin) for row in rows if (twin := first.setdefault(_same(row), row)) is not row]
     if again:
         yield Finding(
-            f"{places([row for row, _ in again])}: {_rows(len(again))} of {len(rows)} repeat an earlier one word for word (the first one "
-            f"repeats {again[0][1].where}) and weigh double; remove them, unless they are votes of several raters"
+            f"{places([row for row, _ in again])}: {_rows(len(again))} of {len(rows)} repeat an earlier one word for "
+            f"word (the first one repeats {again[0][1].where}) and weigh double; remove them, unless they are votes of "
+            "several raters"
         )
 
 
