@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from test_honesty import duel, many, scores
 
 from rlhf_cli.evaluation.honesty import Judged, honesty_report
@@ -49,7 +50,8 @@ def test_warnings_stand_out() -> None:
         assert "Only 1 held-out pairs" in text
 
 
-def test_a_hostile_name_of_a_source_stays_text() -> None:
+def test_a_hostile_name_of_a_source_stays_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a name that is not folded
     nasty = "\x1b]8;;https://evil.example\x07\u202e\nforum"
     report = honesty_report(Judged([duel("p", "a", "b", 1, 0, nasty)], scores([1, 0])))
     for out in (io.StringIO(), Terminal()):
