@@ -10,8 +10,9 @@ from rlhf_cli.journal.metrics import METRICS
 from rlhf_cli.report.markup import details, esc, facts, figure_of, interval_bar, known, section, table
 from rlhf_cli.report.plots import Chart
 from rlhf_cli.report.record import Record
+from rlhf_cli.report.reward_model import reward_model_section
 from rlhf_cli.report.style import STYLE
-from rlhf_cli.report.texts import groups_section, samples_section
+from rlhf_cli.report.texts import groups_section, samples_section, supervised_section
 
 MOST_TABLE_ROWS = 400
 
@@ -42,8 +43,10 @@ def page(record: Record, charts: Sequence[tuple[Chart, str]]) -> str:
         _top(record),
         *(f'<div class="card problem"><p>{esc(problem)}</p></div>' for problem in record.problems),
         _verdict(record),
+        reward_model_section(record.honesty),
         _charts(record, charts),
         samples_section(record),
+        supervised_section(record),
         groups_section(record),
         section(
             "Recipe", "As it was given, word for word.", f"<pre>{esc(record.recipe) or 'No recipe.yaml yet.'}</pre>"

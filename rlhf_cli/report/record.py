@@ -31,7 +31,11 @@ class Record:
     """`soft` and `hard` in nats, as far as the recipe sets them."""
     environment: dict[str, Any]
     results: dict[str, Any]
+    honesty: dict[str, Any]
+    """Of the reward model; empty where there is none."""
     samples: list[dict[str, Any]]
+    supervised: list[dict[str, Any]]
+    """Prompts answered before and after `rlhf sft`."""
     resumed_after: list[int]
     """Steps after which the run was picked up again."""
     seconds: float
@@ -80,7 +84,9 @@ def load(run: RunDir) -> Record:
         kl_caps=_kl_caps(run.resolved if run.resolved.exists() else run.recipe, problems),
         environment=_parsed(run.environment, _object, {}, problems),
         results=_parsed(run.eval_results, _object, {}, problems),
+        honesty=_parsed(run.train_rm_report, honesty_of, {}, problems),
         samples=_parsed(run.heldout_samples, _objects, [], problems),
+        supervised=_parsed(run.sft_samples, _objects, [], problems),
         resumed_after=_resumes(entries),
         seconds=entries[-1].at - entries[0].at if entries else 0.0,
         problems=problems,

@@ -27,6 +27,27 @@ def samples_section(record: Record) -> str:
     return section("Before and after", lead, "\n".join(_sample(sample) for sample in shown))
 
 
+def supervised_section(record: Record) -> str:
+    """Prompts answered by the model that `rlhf sft` started from and by what it made; nothing without it."""
+    if not record.supervised:
+        return ""
+    lead = (
+        "The first rows, held-out ones where there are any, answered with the most likely tokens before and after "
+        "<code>rlhf sft</code>."
+    )
+    return section("Supervised fine-tuning", lead, "\n".join(map(_supervised, record.supervised[:MOST_SAMPLES])))
+
+
+def _supervised(sample: dict[str, Any]) -> str:
+    columns = [("Before", "before"), ("After", "after"), ("In the data", "answer")]
+    cells = "".join(
+        f'<div><h3>{title}</h3><div class="answer">{model_text(str(sample.get(key, "")))}</div></div>'
+        for title, key in columns
+    )
+    asked = model_text(str(sample.get("prompt", "")), "model prompt")
+    return f'<article class="card sample">{asked}<div class="pair">{cells}</div></article>'
+
+
 def _sample(sample: dict[str, Any]) -> str:
     before, after = _answers(sample.get("before")), _answers(sample.get("after"))
     rewards = [[a["reward"] for a in side if isinstance(a.get("reward"), int | float)] for side in (before, after)]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import Stopped, UsageError
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.run_dir import write_atomic
 from rlhf_cli.learner.checkpoints import Checkpoints, clear, newest
-from rlhf_cli.learner.sft import SftRow, train_sft
+from rlhf_cli.learner.sft import SftResult, SftRow, train_sft
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.checks import check_sft
 from rlhf_cli.policy.hub import hub_rows
@@ -21,7 +22,10 @@ from rlhf_cli.policy.tiny import build_tiny_model
 from rlhf_cli.recipe.data import Conversations, read_conversations
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
+from rlhf_cli.text import one_line
 from rlhf_cli.types import Message
+
+SHOWN, SHOWN_CHARACTERS = 2, 120
 
 
 def run(
@@ -41,43 +45,67 @@ def run(
         if checkpoint is None:
             clear(run.sft_checkpoints)
             run.sft_metrics.unlink(missing_ok=True)
-        run.sft_checkpoints.mkdir(parents=True, exist_ok=True)
-        session.progress("loading the model", 0, 1)
-        with tempfile.TemporaryDirectory(dir=run.sft_model.parent) as scratch:
-            start = model.path
-            if model.from_scratch is not None:
-                start = str(Path(scratch) / "start")
-                build_tiny_model([_text(row) for row in rows], model.from_scratch, loaded.recipe.seed, Path(start))
-            assert start is not None
-            known, known_heldout = (conversations(rows, train.wheres), conversations(heldout_rows, heldout.wheres))
-            warnings = check_sft(start, known, known_heldout, section.max_length)
-            session.start(resumed_from_step=checkpoint.step if checkpoint else None)
-            for warning in warnings:
-                session.note(warning)
-            metrics = MetricsWriter(run.sft_metrics, observers)
-            result = train_sft(
-                start,
-                loaded.recipe,
-                rows,
-                heldout_rows,
-                Path(scratch) / "model",
-                Checkpoints(
-                    run.sft_checkpoints,
-                    session.fingerprint,
-                    section.checkpoint_every,
-                    stopping=lambda: stop.signal_number is not None,
-                    stop=stop.check,
-                ),
-                checkpoint,
-                lambda done, total: session.progress("supervised fine-tuning", done, total),
-                metrics.append,
-            )
-            session.progress("loading the model", 1, 1)
-            write_atomic(run.sft_samples, b"".join(json.dumps(s).encode() + b"\n" for s in result.samples))
-            put_in_place(Path(scratch) / "model", run.sft_model)
+        scratch = run.sft_checkpoints / ".scratch"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        scratch.mkdir(parents=True)
+        session.progress("checking model and data", 0, 1)
+        start = model.path
+        if model.from_scratch is not None:
+            start = str(scratch / "start")
+            build_tiny_model([_text(row) for row in rows], model.from_scratch, loaded.recipe.seed, Path(start))
+        assert start is not None
+        known, known_heldout = conversations(rows, train.wheres), conversations(heldout_rows, heldout.wheres)
+        warnings = check_sft(start, known, known_heldout, section.max_length)
+        session.progress("checking model and data", 1, 1)
+        session.start(resumed_from_step=checkpoint.step if checkpoint else None)
+        for warning in warnings:
+            session.note(warning)
+        checkpoints = Checkpoints(
+            run.sft_checkpoints,
+            session.fingerprint,
+            section.checkpoint_every,
+            stopping=lambda: stop.signal_number is not None,
+            stop=lambda: _stop(session, stop),
+        )
+        result = train_sft(
+            start,
+            loaded.recipe,
+            rows,
+            heldout_rows,
+            scratch / "model",
+            checkpoints,
+            checkpoint,
+            lambda done, total: session.progress("supervised fine-tuning", done, total),
+            MetricsWriter(run.sft_metrics, observers).append,
+        )
+        write_atomic(run.sft_samples, b"".join(json.dumps(s).encode() + b"\n" for s in result.samples))
+        put_in_place(scratch / "model", run.sft_model)
         finished = session.finish({"rows": len(rows), "heldout_rows": len(heldout_rows), **result.figures})
         clear(run.sft_checkpoints)
+        _show(session, result)
+        stop.check()  # asked too late to stop this stage: the next one shall not begin
         return finished
+
+
+def _stop(session: Session, stop: StopRequest) -> None:
+    saved = newest(session.run.sft_checkpoints, session.fingerprint)
+    assert saved is not None
+    assert stop.signal_number is not None
+    again = session.loaded.command("sft", "--run-dir", str(session.run.path))
+    name = signal.Signals(stop.signal_number).name
+    raise Stopped(f"stopped by {name}; {saved.step} steps are saved\ngo on with: {again}", stop.signal_number)
+
+
+def _show(session: Session, result: SftResult) -> None:
+    """Say what became of the rows, and show the first answers before and after."""
+    if result.figures["truncated"] or result.figures["dropped"]:
+        session.note(
+            f"{result.figures['truncated']} rows were longer than sft.max_length and lost their end; "
+            f"{result.figures['dropped']} were left out because no room was left for the answer"
+        )
+    for sample in result.samples[:SHOWN]:
+        asked, before, after = (one_line(sample[key])[:SHOWN_CHARACTERS] for key in ("prompt", "before", "after"))
+        session.note(f"asked: {asked!r} | before: {before!r} | after: {after!r}")
 
 
 def _briefed(session: Session, read: Conversations) -> list[SftRow]:
