@@ -35,13 +35,16 @@ from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.online.stream import Stream
+from rlhf_cli.policy.checks import check_run_online
+from rlhf_cli.policy.load import load_tokenizer
 from rlhf_cli.policy.policy import Policy
+from rlhf_cli.policy.row_checks import prompts_only
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
 from rlhf_cli.stages.service import Connect, flow_service, flow_spec
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
-from rlhf_cli.types import Feedback
+from rlhf_cli.types import Feedback, Prompt
 
 ABANDON_S = 30.0
 """How long ending the items of an attempt that is given up may take."""
@@ -64,9 +67,11 @@ def run(
         policy = Policy(session.start_model(), recipe)
         session.progress("loading the policy", 1, 1)
         prompts = read_prompts(recipe.data.prompts)
-        heldout = recipe.data.heldout_prompts if recipe.eval else None
-        for prompt in [*prompts, *(read_prompts(heldout) if heldout else [])]:
+        measured = recipe.data.heldout_prompts if recipe.eval else None
+        heldout = read_prompts(measured) if measured else []
+        for prompt in [*prompts, *heldout]:
             policy.encode(prompt)  # one that is too long is found before anything is paid for
+        _note_checks(session, policy, prompts, heldout)
         _announce(session)
         with _feedback(session, state, recording) as feedback:
             given: dict[str, Any] = {
@@ -86,6 +91,14 @@ def run(
             policy.save(str(Path(scratch) / "model"))
             put_in_place(Path(scratch) / "model", session.run.online_model)
         return session.finish(_summary(session, stream))
+
+
+def _note_checks(session: Session, policy: Policy, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    assert session.recipe.run_online is not None
+    by_model = session.recipe.run_online.feedback == "reward_model"
+    scorer = load_tokenizer(str(session.run.train_rm_model)) if by_model else None
+    for warning in check_run_online(policy.tokenizer, scorer, prompts_only(prompts), prompts_only(heldout)):
+        session.note(f"run-online: {warning}")
 
 
 def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Checkpoint | None]:

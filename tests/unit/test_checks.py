@@ -16,6 +16,8 @@ from rlhf_cli.policy.checks import PROBE, PROBE_ANSWERS, check_head, check_run_o
 from rlhf_cli.policy.encoding import Encoded, encode_answer
 from rlhf_cli.policy.load import load_tokenizer, own_pad
 from rlhf_cli.policy.row_checks import Example
+from rlhf_cli.recipe.load import load_recipe
+from rlhf_cli.stages import sft, train_rm
 from rlhf_cli.types import Message
 
 Change = Callable[[Any], None]
@@ -321,3 +323,32 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(changed: Callable[[Chan
 
     with pytest.raises(DataError, match="neither a padding nor an end-of-sequence token"):
         load_tokenizer(changed(strip))
+
+
+# Where the stages call them.
+
+PAIR = '{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}\n'
+STAGES = """\
+name: checked
+model: {path: MODEL}
+sft: {dataset: sft.jsonl, heldout: sft.jsonl}
+train_rm: {dataset: pairs.jsonl, heldout: heldout.jsonl, model: MODEL}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"), [(sft, "sft.jsonl:1: 1 row of 1 held-out"), (train_rm, "heldout.jsonl:1: 1 row of 1 held-out")]
+)
+def test_a_supervised_stage_refuses_leaked_rows_before_it_changes_anything(
+    stage: Any, place: str, tiny: str, tmp_path: Path
+) -> None:
+    for name in ("pairs", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(PAIR)
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "Why?", "completion": "Because."}\n')
+    (tmp_path / "recipe.yaml").write_text(STAGES.replace("MODEL", tiny))
+
+    with pytest.raises(DataError, match=place):
+        stage.run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
+
+    assert not list((tmp_path / "run").rglob("model"))
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
