@@ -20,11 +20,9 @@ from rlhf_cli.evaluation.calibration import (
     reliability,
 )
 from rlhf_cli.evaluation.ceiling import corrected, split_half
-from rlhf_cli.evaluation.verdict import verdict, warnings
+from rlhf_cli.evaluation.verdict import VERSION, verdict, warnings
 from rlhf_cli.ranking.intervals import Estimate
 from rlhf_cli.recipe.votes import VotedGroup
-
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)

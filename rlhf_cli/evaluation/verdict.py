@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 FEW_PAIRS = 100
@@ -10,7 +11,30 @@ HIGH_LENGTH_CORRELATION = 0.5
 LOW_CONSISTENCY = 0.9
 MANY_TRUNCATED = 0.1
 
+VERSION = 1
+
 Report = dict[str, Any]
+
+
+def read_report(text: str) -> Report:
+    """A report from its file, with everything in it that words, table and plot need.
+
+    Raises:
+        ValueError: It is no report, or of another version of rlhf.
+    """
+    report = json.loads(text)
+    try:
+        if report["version"] != VERSION:
+            raise ValueError(f"it has version {report['version']}, this rlhf reads {VERSION}")
+        rows(report)
+        for measured in (report["calibration"] or {}).values():
+            confidence(measured)
+            [b["was"][bound] + b["said"] for b in measured["bins"] for bound in ("low", "high")]
+        if not all(isinstance(text, str) for text in [*report["words"], *report["warnings"]]):
+            raise TypeError("words that are no text")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the report of a reward model: {error!r}") from error
+    return dict(report)
 
 
 def verdict(report: Report) -> list[str]:

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rlhf_cli.report.markup import esc
 from rlhf_cli.report.record import Record
 
 # Placeholders that matplotlib takes for colours; the page's stylesheet gives them their light and dark values.
@@ -68,7 +70,7 @@ class Chart:
 
 def chart_svg(chart: Chart, record: Record) -> str:
     """The chart as an `<svg>` element for use inside HTML: no outside reference, the same bytes every time."""
-    with rc_context(_STYLE):
+    with drawing():
         figure = Figure(figsize=(5.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
         chart.draw(axes, record)
@@ -78,9 +80,19 @@ def chart_svg(chart: Chart, record: Record) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             _legend(axes, *axes.get_legend_handles_labels())
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _for_html(out.getvalue(), chart)
+        return svg_of(figure, chart.key, chart.title)
+
+
+def drawing() -> AbstractContextManager[None]:
+    """The look of all charts, for as long as one is drawn and made into an SVG."""
+    return rc_context(_STYLE)
+
+
+def svg_of(figure: Figure, key: str, label: str) -> str:
+    """The figure as `<svg>`: `key` sets its ids apart from those of others, `label` says it to who cannot see it."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _for_html(out.getvalue(), key, label)
 
 
 def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -97,15 +109,15 @@ def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
     )
 
 
-def _for_html(svg: str, chart: Chart) -> str:
+def _for_html(svg: str, key: str, label: str) -> str:
     head, _, body = svg[svg.index("<svg") :].strip().partition(">")
     head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     # Ids are unique in a page, and several charts share it.
-    body = re.sub(r'\bid="', f'id="{chart.key}-', body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{chart.key}-", body)
+    body = re.sub(r'\bid="', f'id="{key}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", body)
     body = re.sub("|".join(_COLOURS), lambda match: _COLOURS[match[0]], body)
-    return f'{head} role="img" aria-label="{chart.title}">{body}'
+    return f'{head} role="img" aria-label="{esc(label)}">{body}'
 
 
 def _series(record: Record, name: str) -> tuple[list[int], list[float]]:

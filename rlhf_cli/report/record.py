@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rlhf_cli.errors import RunDamaged
+from rlhf_cli.evaluation.verdict import read_report
 from rlhf_cli.journal.events import StageStarted
 from rlhf_cli.journal.journal import Entry, read
 from rlhf_cli.journal.metrics import read_metrics
@@ -84,7 +85,7 @@ def load(run: RunDir) -> Record:
         kl_caps=_kl_caps(run.resolved if run.resolved.exists() else run.recipe, problems),
         environment=_parsed(run.environment, _object, {}, problems),
         results=_parsed(run.eval_results, _object, {}, problems),
-        honesty=_parsed(run.train_rm_report, honesty_of, {}, problems),
+        honesty=_parsed(run.train_rm_report, read_report, {}, problems),
         samples=_parsed(run.heldout_samples, _objects, [], problems),
         supervised=_parsed(run.sft_samples, _objects, [], problems),
         resumed_after=_resumes(entries),
