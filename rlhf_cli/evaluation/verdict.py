@@ -12,6 +12,7 @@ LOW_CONSISTENCY = 0.9
 MANY_TRUNCATED = 0.1
 
 VERSION = 1
+MOST_KINDS = 12
 
 Report = dict[str, Any]
 
@@ -185,7 +186,9 @@ def rows(report: Report) -> list[Row]:
         if length[f"correlation{key}"] is not None:
             found.append(Row(name, f"{length[f'correlation{key}']:+.2f}", "", "within a prompt"))
     for title, key in (("source", "by_source"), ("votes", "by_margin"), ("length", "by_length")):
-        found += [_row(f"{title}: {kind['name']}", kind) for kind in report[key]]
+        found += [_row(f"{title}: {kind['name']}", kind) for kind in report[key][:MOST_KINDS]]
+        if len(report[key]) > MOST_KINDS:
+            found.append(Row(f"{title}: the others", f"{len(report[key]) - MOST_KINDS:,} more", "", "see report.json"))
     if report["sizes"]["truncated"] is not None:
         found.append(Row("completions cut", f"{report['sizes']['truncated']:,}", "", _completions(report)))
     return [row for row in found if row is not None]

@@ -35,11 +35,11 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
     return f'<table class="facts">{cells}</table>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are already HTML."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "scroll") -> str:
+    """A table of cells that are already HTML; it scrolls where it is too large, up and down too unless `whole`."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="{css}"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def figure_of(name: str, value: object) -> str:

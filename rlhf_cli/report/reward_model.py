@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -32,61 +31,54 @@ def reward_model_section(report: dict[str, Any]) -> str:
 
 def _table(report: dict[str, Any]) -> str:
     head = ["on held-out votes", "", "95% interval", "measured on"]
-    return table(head, [[esc(cell) for cell in row] for row in rows(report)])
+    return table(head, [[esc(cell) for cell in row] for row in rows(report)], "scroll whole")
 
 
 def _reliability(report: dict[str, Any]) -> str:
     calibration = report["calibration"]
     if calibration is None:
         return ""
-    with drawing():
-        figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-        both = figure.subplots(1, 2, sharex=True, sharey=True)
-        for axes, when in zip(both, ("before", "after"), strict=True):
-            _diagram(axes, calibration[when], _title(report, when))
-        both[0].set_ylabel("is right", fontsize=8.5)
-        svg = svg_of(figure, "reliability", _in_words(report))
-    cells = []
-    for when in ("before", "after"):
-        for b in calibration[when]["bins"]:
-            says, was, low, high = map(percent, (b["said"], b["was"]["value"], b["was"]["low"], b["was"]["high"]))
-            cells.append([when, says, was, f"{low} to {high}", f"{b['votes']:,.0f}", f"{b['pairs']:,}"])
-    head = ["scaling", "says", "is right", "95% interval", "votes", "pairs"]
+    temperature = f"At temperature {report['temperature']['value']:.3g}"
+    figures = _diagram(calibration["before"], "before", "As trained") + _diagram(
+        calibration["after"], "after", temperature
+    )
+    note = (
+        "Each point holds about as many votes as the others, with its 95% interval. On the line it is as often right "
+        "as it says; below, it promises too much."
+    )
     return (
-        '<figure class="card" style="margin:14px 0"><figcaption><h3>Is it as right as it is sure?</h3>'
-        "<p>Each point is a tenth of the votes or more, with its 95% interval. On the line it is as often right as it "
-        f"says; below the line it promises too much.</p></figcaption>{svg}{details('Numbers', table(head, cells))}"
-        "</figure>"
+        f'<h3 style="margin-top:22px">Is it as often right as it says?</h3><p class="soft">{note}</p>'
+        f'<div class="charts" style="margin-bottom:14px">{figures}</div>'
     )
 
 
-def _title(report: dict[str, Any], when: str) -> str:
-    ece = f"calibration error {percent(report['calibration'][when]['ece'])}"
-    if when == "before":
-        return f"as trained: {ece}"
-    return f"at temperature {report['temperature']['value']:.3g}: {ece}"
-
-
-def _diagram(axes: Axes, measured: dict[str, Any], title: str) -> None:
-    said = [b["said"] for b in measured["bins"]]
-    was = [b["was"]["value"] for b in measured["bins"]]
-    below = [b["was"]["value"] - b["was"]["low"] for b in measured["bins"]]
-    above = [b["was"]["high"] - b["was"]["value"] for b in measured["bins"]]
-    axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
-    axes.errorbar(said, was, yerr=[below, above], color=BLUE, marker="o", markersize=4, linewidth=1.4, elinewidth=1)
-    axes.set_title(title, fontsize=9.5, loc="left")
-    axes.set_xlabel("says", fontsize=8.5)
-    axes.set_xlim(0.48, 1.02)
-    axes.set_ylim(min(0.4, *(b["was"]["low"] for b in measured["bins"])) - 0.02, 1.02)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def _in_words(report: dict[str, Any]) -> str:
-    """The plot for those who cannot see it."""
-
-    def points(when: str) -> str:
-        bins = report["calibration"][when]["bins"]
-        return ", ".join(f"says {b['said']:.0%} is right {b['was']['value']:.0%}" for b in bins)
-
-    return f"Reliability, {_title(report, 'before')}: {points('before')}; {_title(report, 'after')}: {points('after')}"
+def _diagram(measured: dict[str, Any], when: str, title: str) -> str:
+    """Share of votes that went the model's way against the probability that it gave them, bin by bin."""
+    bins = measured["bins"]
+    says = [b["said"] for b in bins]
+    right, low, high = ([b["was"][key] for b in bins] for key in ("value", "low", "high"))
+    with drawing():
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.vlines(says, low, high, color=BLUE, linewidth=1, alpha=0.6)
+        axes.plot(says, right, color=BLUE, marker="o", markersize=4)
+        axes.set_xlabel("says", fontsize=8.5)
+        axes.set_ylabel("is right", fontsize=8.5)
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(min(0.4, *low) - 0.02, 1.02)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        said = "; ".join(f"says {a:.0%}, is right {b:.0%}" for a, b in zip(says, right, strict=True))
+        svg = svg_of(figure, f"reliability-{when}", f"Reliability, {title.lower()}: {said}")
+    cells = []
+    for b in bins:
+        interval = f"{percent(b['was']['low'])} to {percent(b['was']['high'])}"
+        numbers = [f"{b['votes']:,.0f}", f"{b['pairs']:,}"]
+        cells.append([percent(b["said"]), percent(b["was"]["value"]), interval, *numbers])
+    head = ["says", "is right", "95% interval", "votes", "pairs"]
+    return (
+        f'<figure class="card"><figcaption><h3>{esc(title)}</h3><p>Calibration error {percent(measured["ece"])}; '
+        f"by chance alone {percent(measured['ece_by_chance'])}.</p></figcaption>{svg}"
+        f"{details('Numbers', table(head, cells))}</figure>"
+    )

@@ -35,7 +35,7 @@ p { margin: 0 0 12px; max-width: 76ch; }
 figure { margin: 0; break-inside: avoid; } figure svg { display: block; width: 100%; height: auto; margin: 6px 0 2px; }
 figure svg text { font-family: inherit !important; } figcaption p { margin: 0; }
 details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); font-size: 13px; }
-.scroll { overflow: auto; max-height: 340px; margin-top: 8px; }
+.scroll { overflow: auto; max-height: 340px; margin-top: 8px; } .scroll.whole { max-height: none; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { text-align: right; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
