@@ -121,12 +121,13 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def _local_or_hub(value: object) -> object:
-    return Path(value) if isinstance(value, str) and os.path.isabs(value) else value
+    if not isinstance(value, str | Path) or not value:
+        shown = "a list" if isinstance(value, list) else "keys and values" if isinstance(value, dict) else repr(value)
+        raise PydanticCustomError("source_type", "expected a file or a hub id, got {shown}", {"shown": shown})
+    return Path(value) if os.path.isabs(value) else value
 
 
-Source = Annotated[
-    Annotated[Path, Field(strict=True)] | Annotated[str, Field(min_length=1)], BeforeValidator(_local_or_hub)
-]
+Source = Annotated[Annotated[Path, Field(strict=True)] | str, BeforeValidator(_local_or_hub)]
 """Where rows come from: a file of one of `SUFFIXES`, relative to the recipe, or a hub id `org/name[:split]`, a str."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
