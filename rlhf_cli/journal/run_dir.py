@@ -51,6 +51,8 @@ class RunDir:
         self.sft_metrics = path / "sft" / "metrics.jsonl"
         self.train_rm_model = path / "train_rm" / "model"
         self.train_rm_report = path / "train_rm" / "report.json"
+        self.train_rm_checkpoints = path / "train_rm" / "checkpoints"
+        self.train_rm_metrics = path / "train_rm" / "metrics.jsonl"
         self.online_model = path / "online" / "model"
         self.checkpoints = path / "online" / "checkpoints"
         self.latest = self.checkpoints / "LATEST"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_cli.errors import Diverged
@@ -32,7 +33,7 @@ from rlhf_cli.learner.groups import Example, by_group, stack_wins
 from rlhf_cli.learner.losses import vote_agreement, votes_nll, votes_offset
 from rlhf_cli.learner.pairwise import comparisons, order_scores, orders_agree
 from rlhf_cli.learner.settings import trainer_settings
-from rlhf_cli.learner.sft import OnStep, StepCallback
+from rlhf_cli.learner.sft import OnRow, OnStep, StepCallback
 from rlhf_cli.policy.checks import check_head
 from rlhf_cli.policy.encoding import batch_of, encode_answer, longest
 from rlhf_cli.policy.heads import fresh_heads, head_name, save_heads, set_dropout
@@ -73,6 +74,8 @@ class VotesTrainer(RewardTrainer):
         super().__init__(train_dataset=Dataset.from_list([{"chosen_ids": [0], "rejected_ids": [0]}]), **kwargs)
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
+        self.agreed_votes, self.votes = 0.0, 0.0
+        """Of all batches since the last step that was logged."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = DataLoader(
@@ -114,6 +117,9 @@ class VotesTrainer(RewardTrainer):
         loss = (inputs["weights_KB"] * nll_KB).sum(1).mean() / votes
         if not torch.isfinite(loss):
             raise Diverged("the loss of the reward model is not finite; lower train_rm.learning_rate")
+        with torch.no_grad():
+            self.agreed_votes += float(vote_agreement(scores_KBG.mean(0), wins_BGG) * wins_BGG.sum())
+            self.votes += float(wins_BGG.sum())
         return loss
 
     @torch.no_grad()
@@ -132,6 +138,56 @@ class VotesTrainer(RewardTrainer):
             votes += count
             consistent += float(orders_agree(scores_KBG).sum()) if len(scores_KBG) == 2 else 0.0
         return Look(nll / votes, agreed / votes, consistent / len(examples))
+
+
+class _Rows(TrainerCallback):
+    """Metrics of every step, and a stop at the first gradient that is no number."""
+
+    def __init__(self, trainer: VotesTrainer, on_row: OnRow) -> None:
+        self.trainer, self.on_row, self._heldout = trainer, on_row, dict[str, float]()
+
+    def look(self, heldout: Sequence[Example]) -> float:
+        """The held-out loss, shown in the row of its step."""
+        loss = self.trainer.look(heldout).loss
+        self._heldout = {"train_rm/heldout_loss": loss}
+        return loss
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._spent_s = time.perf_counter() - self._started
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
+        if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
+            raise Diverged(
+                f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
+                "Lower train_rm.learning_rate and run it again."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # the summary after the last step is no step
+            return
+        row = {
+            "train_rm/loss": logs["loss"],
+            "train_rm/accuracy": self.trainer.agreed_votes / self.trainer.votes,
+            "train_rm/grad_norm": logs["grad_norm"],
+            "train_rm/learning_rate": logs["learning_rate"],
+            "train_rm/step_s": self._spent_s,
+            **self._heldout,
+        }
+        self.trainer.agreed_votes, self.trainer.votes, self._heldout = 0.0, 0.0, {}
+        self.on_row(state.global_step, row)
 
 
 def answers(
@@ -172,6 +228,7 @@ def train_reward_model(
     on_step: OnStep,
     checkpoints: Checkpoints | None = None,
     checkpoint: Checkpoint | None = None,
+    on_row: OnRow = lambda *_: None,
 ) -> dict[str, float]:
     """Fit head and backbone to all votes; the result, adapters merged in, is left in `scratch / "model"`.
 
@@ -244,7 +301,17 @@ def train_reward_model(
             remove_unused_columns=False,
         ),
     )
-    early = _early_stop(recipe, trainer, kept_apart, checkpoints, checkpoint)
+    rows = _Rows(trainer, on_row)
+    trainer.add_callback(rows)
+    early = None
+    if section.stop_early is not None:
+        early = EarlyStop(section.stop_early, trainer.model, lambda: rows.look(kept_apart))
+        trainer.add_callback(early)
+        if checkpoint is not None:
+            early.load(checkpoint.path)
+    if checkpoints is not None:
+        checkpoints.extra = early.save if early is not None else checkpoints.extra
+        trainer.add_callback(checkpoints)  # the last one: a checkpoint holds what was just looked at
     train(trainer, checkpoint)
     if early is not None:
         early.keep_best()
@@ -265,29 +332,6 @@ def train_reward_model(
     _save(trainer, scratch / "model", about)
     shutil.rmtree(scratch / "trainer", ignore_errors=True)
     return result
-
-
-def _early_stop(
-    recipe: Recipe,
-    trainer: VotesTrainer,
-    heldout: Sequence[Example],
-    checkpoints: Checkpoints | None,
-    checkpoint: Checkpoint | None,
-) -> EarlyStop | None:
-    """Add the callbacks that look, stop and save, in this order: a checkpoint holds what was just looked at."""
-    assert recipe.train_rm is not None
-    early = None
-    if recipe.train_rm.stop_early is not None:
-        early = EarlyStop(recipe.train_rm.stop_early, trainer.model, lambda: trainer.look(heldout).loss)
-        if checkpoint is not None:
-            early.load(checkpoint.path)
-        if checkpoints is not None:
-            checkpoints.extra = early.save
-    added: list[TrainerCallback | None] = [early, checkpoints]
-    for callback in added:
-        if callback is not None:
-            trainer.add_callback(callback)
-    return early
 
 
 def _truncated(examples: Sequence[Example]) -> int:

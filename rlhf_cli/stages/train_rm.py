@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import Stopped, UsageError
 from rlhf_cli.evaluation.honesty import Judged, honesty_report
+from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.run_dir import write_atomic
 from rlhf_cli.journal.votes import read_run_votes
@@ -40,7 +42,7 @@ def run(
 ) -> Result:
     """Fit a reward model to all votes of the section; leaves `train_rm/model` and `train_rm/report.json`.
 
-    An interrupted training goes on from its newest checkpoint, where the recipe asks for checkpoints.
+    Goes on from its newest checkpoint unless `fresh`.
     """
     section = loaded.recipe.train_rm
     if section is None:
@@ -50,42 +52,60 @@ def run(
             return done
         start = section.model or session.start_model()
         groups, heldout = _votes(section, loaded.recipe.seed)
-        folder = session.run.train_rm_model.parent
-        kept = folder / "checkpoints"
-        if fresh:
-            clear(kept)
-        checkpoint = newest(kept, session.fingerprint)
+        run = session.run
+        checkpoint = None if fresh else newest(run.train_rm_checkpoints, session.fingerprint)
+        if checkpoint is None:
+            clear(run.train_rm_checkpoints)
+            run.train_rm_metrics.unlink(missing_ok=True)
+        scratch = run.train_rm_checkpoints / ".scratch"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        scratch.mkdir(parents=True)
+        session.progress("checking model and data", 0, 1)
         warnings = check_train_rm(start, voted(groups), voted(heldout))
+        session.progress("checking model and data", 1, 1)
         session.start(resumed_from_step=checkpoint.step if checkpoint else None)
         for warning in warnings:
             session.note(f"train-rm: {warning}")
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(
-            kept, session.fingerprint, section.checkpoint_every, lambda: stop.signal_number is not None, stop.check
+            run.train_rm_checkpoints,
+            session.fingerprint,
+            section.checkpoint_every,
+            stopping=lambda: stop.signal_number is not None,
+            stop=lambda: _stop(session, stop),
         )
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            session.progress("loading the model", 0, None)
-            figures: dict[str, Any] = train_reward_model(
-                start,
-                loaded.recipe,
-                groups,
-                heldout,
-                Path(scratch),
-                lambda done, total: session.progress("reward model", done, total),
-                checkpoints,
-                checkpoint,
-            )
-            _note_truncated(session, figures, len(groups))
-            if heldout:
-                session.progress("held-out votes", 0, None)
-                figures |= _judge(session, Path(scratch) / "model", heldout, int(figures["heldout_truncated"]))
-            else:
-                session.run.train_rm_report.unlink(missing_ok=True)
-                session.note("train-rm: no held-out votes, so nothing says how far to trust this reward model")
-            put_in_place(Path(scratch) / "model", session.run.train_rm_model)
+        figures: dict[str, Any] = train_reward_model(
+            start,
+            loaded.recipe,
+            groups,
+            heldout,
+            scratch,
+            lambda done, total: session.progress("reward model", done, total),
+            checkpoints,
+            checkpoint,
+            MetricsWriter(run.train_rm_metrics, observers).append,
+        )
+        _note_truncated(session, figures, len(groups))
+        if heldout:
+            session.progress("held-out votes", 0, 1)
+            figures |= _judge(session, scratch / "model", heldout, int(figures["heldout_truncated"]))
+            session.progress("held-out votes", 1, 1)
+        else:
+            run.train_rm_report.unlink(missing_ok=True)
+            session.note("train-rm: no held-out votes, so nothing says how far to trust this reward model")
+        put_in_place(scratch / "model", run.train_rm_model)
         result = session.finish({"groups": len(groups), "heldout_groups": len(heldout), **figures})
-        clear(kept)
+        clear(run.train_rm_checkpoints)
+        stop.check()  # asked too late to stop this stage: the next one shall not begin
         return result
+
+
+def _stop(session: Session, stop: StopRequest) -> None:
+    saved = newest(session.run.train_rm_checkpoints, session.fingerprint)
+    assert saved is not None
+    assert stop.signal_number is not None
+    again = session.loaded.command("train-rm", "--run-dir", str(session.run.path))
+    name = signal.Signals(stop.signal_number).name
+    raise Stopped(f"stopped by {name}; {saved.step} steps are saved\ngo on with: {again}", stop.signal_number)
 
 
 def _votes(section: TrainRm, seed: int) -> tuple[list[VotedGroup], list[VotedGroup]]:
