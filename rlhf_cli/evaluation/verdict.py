@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 FEW_PAIRS = 100
 HIGH_ECE = 0.05
+WIDE_TEMPERATURE = 4.0
 HIGH_LENGTH_CORRELATION = 0.5
 LOW_CONSISTENCY = 0.9
 MANY_TRUNCATED = 0.1
@@ -117,6 +118,11 @@ def warnings(report: Report) -> list[str]:
         )
     if temperature["problem"] is not None:
         found.append(f"Its probabilities could not be put right: {temperature['problem']}.")
+    elif temperature["low"] is None or temperature["high"] > WIDE_TEMPERATURE * temperature["low"]:
+        bounds = (
+            "no interval" if temperature["low"] is None else f"{temperature['low']:.2g} to {temperature['high']:.2g}"
+        )
+        found.append(f"Its temperature is uncertain ({bounds}): hold out more prompts.")
     if calibration is None:
         found.append("No votes are left to check its probabilities on: hold out more prompts.")
     elif calibration["after"]["ece"] > HIGH_ECE:

@@ -244,6 +244,7 @@ def follows_length(judged: Judged) -> Judged:
         (lambda: Judged(many(5).groups, many(5).scores, consistency=0.8), "On 20.0% of the pairs its verdict depends"),
         (lambda: Judged(many(5).groups, many(5).scores, truncated=190), "190 of"),
         (lambda: Judged(*two_minds()), "off by"),
+        (lambda: Judged(*hardly_better_than_chance()), "temperature is uncertain"),
     ],
 )
 def test_what_makes_a_model_untrustworthy_is_said(judged: Callable[[], Judged], said: str) -> None:
@@ -261,6 +262,11 @@ def two_minds() -> tuple[list[VotedGroup], list[np.ndarray[Any, Any]]]:
     """Sure and wrong on half of the prompts, unsure and right on the others: no temperature mends that."""
     groups = [duel(f"p{n}", "aaa", "bbb", *((7, 3) if n % 2 else (10, 0))) for n in range(400)]
     return groups, [np.array([3.0, 0.0]) if n % 2 else np.array([0.1, 0.0]) for n in range(400)]
+
+
+def hardly_better_than_chance() -> tuple[list[VotedGroup], list[np.ndarray[Any, Any]]]:
+    groups = [duel(f"p{n}", "aaa", "bbb", *((1, 0) if n % 20 < 12 else (0, 1))) for n in range(120)]
+    return groups, [np.array([1.0, 0.0])] * 120
 
 
 def test_a_score_that_is_not_a_number_and_a_wrong_shape_are_refused() -> None:
