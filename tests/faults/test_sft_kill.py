@@ -89,7 +89,7 @@ def published(step: int) -> Moment:
 
 
 def saving_the_model(run: RunDir) -> bool:
-    return any(run.sft_model.parent.glob("tmp*/model/config.json"))
+    return (run.sft_checkpoints / ".scratch" / "model" / "config.json").exists()
 
 
 def weights(folder: Path) -> bytes:
