@@ -29,7 +29,14 @@ from rlhf_cli.learner.checkpoints import Checkpoint, Checkpoints, train
 from rlhf_cli.learner.early_stop import EarlyStop
 from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.policy.generate import encode_prompt, sample
-from rlhf_cli.policy.load import load_model, load_tokenizer, lora_config, stop_token_ids, train_only_last_layers
+from rlhf_cli.policy.load import (
+    load_model,
+    load_tokenizer,
+    lora_config,
+    precision,
+    stop_token_ids,
+    train_only_last_layers,
+)
 from rlhf_cli.recipe.schema import Recipe, Sft
 from rlhf_cli.types import Message, Prompt
 
@@ -115,7 +122,8 @@ def train_sft(
     watch = _Watch(trainer, on_row)
     trainer.add_callback(watch)
     shown = [*heldout, *rows][: section.samples]
-    before = answer(trainer.model, tokenizer, shown, section.max_length)
+    with trainer.accelerator.autocast():
+        before = answer(trainer.model, tokenizer, shown, section.max_length)
     first = heldout_loss(trainer) if heldout else None
     stop = EarlyStop(section.stop_early, trainer.model, watch.look) if section.stop_early else None
     if stop is not None:
@@ -136,7 +144,8 @@ def train_sft(
         "truncated": encoded.truncated,
         "dropped": encoded.dropped,
     }
-    after = answer(trainer.model, tokenizer, shown, section.max_length)
+    with trainer.accelerator.autocast():
+        after = answer(trainer.model, tokenizer, shown, section.max_length)
     save_merged(trainer.model, tokenizer, target)
     return SftResult(figures, _side_by_side(shown, before, after))
 
@@ -178,8 +187,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> tuple[list[int],
 
 
 def _config(recipe: Recipe, section: Sft, checkpoints: Checkpoints) -> SFTConfig:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = precision(recipe.compute.precision, device) == torch.bfloat16
     return SFTConfig(
-        **{**trainer_settings(recipe, checkpoints.folder), **checkpoints.arguments},
+        **{**trainer_settings(recipe, checkpoints.folder), **checkpoints.arguments, "bf16": bf16},
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
         per_device_train_batch_size=section.batch_size,
@@ -261,7 +272,9 @@ def heldout_loss(trainer: SFTTrainer) -> float:
     for batch in trainer.get_eval_dataloader():
         inputs = trainer._prepare_inputs(batch)
         tokens += int((inputs["labels"][..., 1:] != IGNORED).sum())
-        total += float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1)))
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
+        total += float(loss)
     trainer.model.train(was_training)
     trainer._metrics["eval"].clear()
     return total / tokens if tokens else math.nan
