@@ -135,6 +135,12 @@ def test_bins_hold_every_vote_once_and_keep_equal_probabilities_together() -> No
     assert all(b.low == b.high for b in bins)
 
 
+def test_a_pair_that_is_scored_equal_says_one_half_and_is_right_half_of_the_time() -> None:
+    measured = reliability(pairs((0, 4, 0), (0, 0, 1)), 1.0)
+    assert [(b.said, b.was.mean, b.votes) for b in measured.bins] == [(0.5, 0.5, 5)]
+    assert (measured.ece, measured.nll_nats) == (0, pytest.approx(math.log(2)))
+
+
 def test_without_votes_there_is_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="no votes"):
         reliability(pairs((1, 0, 0)), 1.0)

@@ -258,6 +258,13 @@ def length_wins(sign: int = 1) -> tuple[list[VotedGroup], list[np.ndarray[Any, A
     return groups, [np.array([1.0, 0.0])] * 300
 
 
+def test_a_model_that_only_takes_the_shorter_one_is_not_ahead_of_that_rule() -> None:
+    report = honesty_report(Judged(*length_wins(-1)))
+    assert report["longer_wins"]["characters"]["value"] == pytest.approx(0.1)
+    assert report["accuracy"]["value"] == pytest.approx(0.9)
+    assert report["longer_wins"]["advantage"]["value"] == 0
+
+
 def two_minds() -> tuple[list[VotedGroup], list[np.ndarray[Any, Any]]]:
     """Sure and wrong on half of the prompts, unsure and right on the others: no temperature mends that."""
     groups = [duel(f"p{n}", "aaa", "bbb", *((7, 3) if n % 2 else (10, 0))) for n in range(400)]
