@@ -87,6 +87,7 @@ def load_reward_model(path: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise DataError(f"no reward model could be made from '{path}': {str(error).splitlines()[0]}") from error
+    model.config.get_text_config().use_cache = False  # keys and values are for those who generate
     return model
 
 
