@@ -19,6 +19,7 @@ import argparse
 import ast
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import tarfile
@@ -215,13 +216,26 @@ def linear_head(groups: list[VotedGroup], folder: Path) -> Callable[[Sequence[st
     return lambda texts: (((embeddings(texts, folder) - centre_D) / scale_D) @ weights_D).numpy()
 
 
-def train_ours(train: Path, heldout: Path, run: Path, settings: Sequence[str]) -> float:
-    """Run the recipe on these files; returns wall seconds, start of the process included."""
+def train_ours(train: Path, heldout: Path, run: Path, settings: Sequence[str]) -> tuple[float, float]:
+    """Run the recipe on these files; returns wall and processor seconds, start of the process included."""
     values = [f"train_rm.dataset={train}", f"train_rm.heldout={heldout}", *settings]
-    command = [sys.executable, "-m", "rlhf_cli", "train-rm", str(RECIPE), "--run-dir", str(run), "--output", "plain"]
-    start = time.perf_counter()
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf_cli",
+        "train-rm",
+        str(RECIPE),
+        "--run-dir",
+        str(run),
+        "--fresh",
+        "--output",
+        "plain",
+    ]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, *(word for value in values for word in ("--set", value))], check=True)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, cpu_s
 
 
 def ours(folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
@@ -258,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the study's archive, or a JSONL file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
-    parser.add_argument("--run-dir", type=Path, help="keep the run there; one that is finished is not run again")
+    parser.add_argument("--run-dir", type=Path, help="keep the run there")
     parser.add_argument("--data-only", type=Path, metavar="FILE", help="only write the texts as JSONL")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write date, machine and results")
     args = parser.parse_args()
@@ -284,7 +298,7 @@ def main() -> None:
             (Path(scratch) / f"{name}.jsonl").write_text("".join(t.row() + "\n" for t in rows), "utf-8")
         run = args.run_dir or Path(scratch) / "run"
         paths = [Path(scratch) / f"{name}.jsonl" for name in files]
-        wall_s = train_ours(paths[0], paths[1], run, args.set)
+        wall_s, cpu_s = train_ours(paths[0], paths[1], run, args.set)
         start = time.perf_counter()
         linear = linear_head(read_voted_groups(paths[0]), minilm)
         linear_s = time.perf_counter() - start
@@ -292,7 +306,10 @@ def main() -> None:
         report = json.loads((run / "train_rm" / "report.json").read_text("utf-8"))
         said = json.loads((run / "train_rm" / "model" / "reward_model.json").read_text("utf-8"))
     results = {p.name: judge(p, linear, model, float(said["temperature"])) for p in parts}
-    print(f"\ntrained on {len(train)} texts; ours {wall_s / 60:.1f} minutes, linear head {linear_s:.0f} s")
+    print(
+        f"\ntrained on {len(train)} texts; ours {wall_s / 60:.1f} minutes, {cpu_s / 60:.1f} of them of "
+        f"a processor; linear head {linear_s:.0f} s"
+    )
     for of in parts:
         print(f"\n{of.name}: {len(of.texts)} texts, {int(of.known.sum()) // 2} pairs")
         for name, (value, low, high) in results[of.name]["accuracy"].items():  # type: ignore[union-attr]
@@ -307,6 +324,7 @@ def main() -> None:
                 "settings": args.set,
                 "training_texts": len(train),
                 "ours_wall_s": wall_s,
+                "ours_cpu_s": cpu_s,
                 "linear_wall_s": linear_s,
                 "results": results,
                 "report": report,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.policy.checks import PROBE, PROBE_ANSWERS, check_head, check_run_online, check_sft, check_train_rm
@@ -280,6 +281,16 @@ def test_a_head_that_gives_all_answers_one_score_is_refused(head: tuple[Any, Any
 
 def pads_with_its_end(tokenizer: Any) -> None:
     tokenizer.pad_token = tokenizer.eos_token
+
+
+def test_fine_tuning_sees_every_end_of_an_answer_though_padding_is_the_same_token() -> None:
+    ends = 1
+
+    batch = DataCollatorForLanguageModeling(pad_token_id=ends)(
+        [{"input_ids": [5, 6, 7, ends]}, {"input_ids": [5, ends]}]
+    )
+
+    assert batch["labels"].tolist() == [[5, 6, 7, ends], [5, ends, -100, -100]]
 
 
 def test_a_reward_model_gets_a_pad_token_of_its_own_and_keeps_its_scores(tiny: str, tmp_path: Path) -> None:
