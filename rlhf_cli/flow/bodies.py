@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_BODY_BYTES = 1024 * 1024
 
@@ -27,7 +29,16 @@ def keep_bodies(path: Path) -> Callable[[str, str, bytes], None]:
         if len(body) > MAX_BODY_BYTES:
             row["cut"] = True
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as out:
-            out.write(json.dumps(row).encode() + b"\n")
+        with path.open("a+b") as out:
+            # After half a line, as a crash leaves it, begins a new one.
+            begin = b"" if _ends_a_line(out) else b"\n"
+            out.write(begin + json.dumps(row).encode() + b"\n")
 
     return keep
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

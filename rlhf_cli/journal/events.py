@@ -153,6 +153,11 @@ class GroupRanked(_Event):
     latency_s: float
     complete: bool
 
+    @property
+    def by_people(self) -> bool:
+        """Simulated and recorded ones included; False where a model answered in their place."""
+        return "item:" in self.source
+
     def matrix(self) -> WinMatrix:
         return WinMatrix(self.wins)
 

@@ -29,7 +29,7 @@ def read_run_votes(run_dir: Path) -> list[VotedGroup]:
     groups = []
     for group in state.groups.values():
         ranked, sampled = group.ranked, group.sampled
-        if ranked is None or "item:" not in ranked.source or not ranked.matrix().votes:
+        if ranked is None or not ranked.by_people or not ranked.matrix().votes:
             continue
         prompt = tuple(Message(role, content) for role, content in sampled.messages)
         completions = tuple(c.text for c in sampled.completions)

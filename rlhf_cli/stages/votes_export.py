@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.feedback.items import Shown
+from rlhf_cli.flow.wire import Body, Outcome
 from rlhf_cli.journal.events import StageStarted
 from rlhf_cli.journal.journal import Entry, read
 from rlhf_cli.journal.replay import ONLINE, GroupState, replay
@@ -32,6 +34,29 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", 
 """A spreadsheet takes a cell that begins with one of these for a formula; the last four are their wide forms."""
 
 
+class _Vote(Body):
+    """One vote as a server of ours tells it; its places are among what was shown."""
+
+    rater: str
+    simulated: bool = False
+    left: int = Field(ge=0)
+    right: int = Field(ge=0)
+    outcome: Outcome
+    response_ms: int | None = None
+    counts: bool
+    late: bool = False
+    undone: bool = False
+    created_at: str
+
+    def row(self) -> Row:
+        return {**self.model_dump(exclude={"created_at"}), "at": self.created_at}
+
+
+class _Page(Body):
+    page: int = 1
+    items: list[_Vote]
+
+
 @dataclass(frozen=True, slots=True)
 class Voted:
     """A group, the attempt at run-online that it belongs to, and its votes if there are any."""
@@ -42,9 +67,7 @@ class Voted:
 
     @property
     def by_people(self) -> bool:
-        """Simulated ones included; False where a model answered in their place."""
-        ranked = self.state.ranked
-        return ranked is None or ranked.source.startswith(("item:", "recorded:"))
+        return self.state.ranked is None or self.state.ranked.by_people
 
 
 def export(path: Path, view: View, part: Part = "run-online") -> list[Row]:
@@ -206,8 +229,9 @@ def _raw_votes(run: RunDir, groups: Iterable[Voted]) -> list[Row]:
         doubles = [item_id for double in state.doubles for item_id in double.item_ids]
         for item_id in dict.fromkeys([*(ask.item_id for ask in state.asks), *doubles]):
             for vote in said.get(item_id or "", ()):
-                places = {side: shown[vote[side]] for side in ("left", "right")}
-                rows.append({**_ids(group), "item_id": item_id, **vote, **places})
+                if max(vote["left"], vote["right"]) < len(shown):  # a service may say anything
+                    places = {side: shown[vote[side]] for side in ("left", "right")}
+                    rows.append({**_ids(group), "item_id": item_id, **vote, **places})
     return rows
 
 
@@ -237,20 +261,18 @@ def _votes_of_store(path: Path) -> dict[str, list[Row]]:
 
 
 def _votes_of_bodies(path: Path) -> dict[str, list[Row]]:
-    """What a server of ours said of items that have ended."""
+    """What a server of ours said of items that have ended; the last time counts, for late votes are in it too."""
     if not path.exists():
         return {}
-    names = {"responseMs": "response_ms", "createdAt": "at"}
     pages: dict[tuple[str, int], list[Row]] = {}
     for line in path.read_bytes().splitlines():
         try:
             kept = json.loads(line)
+            page = _Page.model_validate_json(kept["body"]) if kept["kind"] == "votes" else None
         except ValueError:
-            continue  # half a line, as a crash leaves it: the page is read again, or its votes are in the matrix
-        if kept["kind"] == "votes" and not kept.get("cut"):
-            page = json.loads(kept["body"])
-            rows = [{names.get(name, name): value for name, value in vote.items()} for vote in page["items"]]
-            pages.setdefault((kept["item_id"], page.get("page", 1)), rows)
+            continue  # half a line, or half a page, or no page at all: what counts is in the matrix
+        if page is not None:
+            pages[kept["item_id"], page.page] = [vote.row() for vote in page.items]
     found: dict[str, list[Row]] = {}
     for (item_id, _), rows in sorted(pages.items()):
         found.setdefault(item_id, []).extend(rows)

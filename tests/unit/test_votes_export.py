@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import DataError
+from rlhf_cli.flow.bodies import keep_bodies
 from rlhf_cli.journal.events import (
     CompletionRecord,
     Event,
@@ -160,13 +161,57 @@ def test_raw_votes_of_another_server_come_from_what_it_said(tmp_path: Path) -> N
         export(run, "votes")
     vote = {"rater": "r1", "simulated": False, "left": 2, "right": 0, "outcome": "left", "responseMs": 900}
     page = {"total": 1, "page": 1, "pageSize": 1000, "items": [{**vote, "counts": True, "createdAt": "2026-01-01"}]}
-    line = json.dumps({"at": "x", "kind": "votes", "item_id": "i", "body": json.dumps(page)}) + "\n"
-    bodies = RunDir(run).flow_bodies
-    bodies.parent.mkdir()
-    bodies.write_text(line + line.replace("2026", "2027") + '{"at"')  # read again after a restart, then killed
-    (row,) = export(run, "votes")
+    votes: list[Any] = page["items"]
+    more = {**page, "items": [*votes, {**votes[0], "rater": "r2", "late": True}]}
+    keep = keep_bodies(RunDir(run).flow_bodies)
+    for said in (page, more):  # what came late shows when it is read again
+        keep("votes", "i", json.dumps(said).encode())
+    keep("vote-matrix", "i", b"<html>")
+    row, late = export(run, "votes")
     assert (row["group_id"], row["item_id"], row["rater"], row["left"], row["right"]) == ("a", "i", "r1", 2, 0)
-    assert (row["response_ms"], row["at"]) == (900, "2026-01-01")
+    assert (row["response_ms"], row["at"], row["late"]) == (900, "2026-01-01", False)
+    assert (late["rater"], late["late"]) == ("r2", True)
+
+    with RunDir(run).flow_bodies.open("a") as file:
+        file.write('{"at"')  # killed in the middle of a line, then resumed
+    keep("votes", "i", json.dumps(page).encode())
+    assert export(run, "votes") == [row]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>",
+        "[]",
+        '{"items": [{"=1+1": 1}]}',
+        '{"items": [{"rater": "r", "left": 9, "right": 0, "outcome": "left", "counts": true, "createdAt": ""}]}',
+        '{"items": [{"rater": "r", "left": -1, "right": 0, "outcome": "left", "counts": true, "createdAt": ""}]}',
+    ],
+)
+def test_raw_votes_that_make_no_sense_are_no_votes(tmp_path: Path, body: str) -> None:
+    run = run_of(
+        tmp_path,
+        begun(),
+        sampled("a"),
+        GroupIntended(group_id="a", key="k"),
+        GroupSubmitted(group_id="a", dataset_id="d", item_id="i"),
+        ranked("a"),
+    )
+    keep = keep_bodies(RunDir(run).flow_bodies)
+    keep(
+        "votes",
+        "other",
+        b'{"items": [{"rater": "r", "left": 0, "right": 1, "outcome": "left", "counts": true, "createdAt": ""}]}',
+    )
+    keep("votes", "i", body.encode())
+    assert export(run, "votes") == []
+
+
+def test_what_a_model_said_is_nobodys_vote_after_a_replay_either(tmp_path: Path) -> None:
+    run = run_of(tmp_path, begun(), sampled("a"), ranked("a", "recorded:r/reward_model:train_rm"))
+    assert export(run, "pairs") == export(run, "preferences") == []
+    (row,) = export(run, "matrices")
+    assert row["source"] == "recorded:r/reward_model:train_rm"
 
 
 def test_a_folder_without_a_journal_is_no_run(tmp_path: Path) -> None:
