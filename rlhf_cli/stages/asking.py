@@ -7,26 +7,15 @@ from typing import Any
 
 from rlhf_cli.flow.base import RAPIDATA, Capabilities, Flow, FlowSpec
 from rlhf_cli.flow.mapping import mapping
-from rlhf_cli.flow.wire import MAX_CANDIDATES, MAX_TTL_S
+from rlhf_cli.flow.wire import OURS
 from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.service import flow_spec
 
-SELF_HOSTED = Capabilities(
-    idempotency=True,
-    desired=True,
-    live_votes=True,
-    raw_votes=True,
-    list_filter=True,
-    ttl_max_s=MAX_TTL_S,
-    max_candidates=MAX_CANDIDATES,
-)
-"""Of the embedded server and of `rlhf serve`; what another server can do is known once it is asked."""
-
 
 def known_capabilities(service: str) -> Capabilities:
-    """What `service` offers, as far as that is known without asking it."""
-    return RAPIDATA if service == "rapidata" else SELF_HOSTED
+    """What `service` offers, as far as that is known without asking: an address is taken to be a server of ours."""
+    return RAPIDATA if service == "rapidata" else OURS
 
 
 def flow_facts(recipe: Recipe, capabilities: Capabilities | None = None) -> dict[str, Any]:

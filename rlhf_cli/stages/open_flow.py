@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.errors import FlowRefused, UsageError
-from rlhf_cli.feedback.recorded import Recording
 from rlhf_cli.flow.base import Capabilities, FlowSpec
 from rlhf_cli.journal.events import FlowOpened
 from rlhf_cli.journal.observe import Observer
@@ -16,7 +15,7 @@ from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.asking import find, flow_facts, reason
-from rlhf_cli.stages.service import Connect, flow_service, flow_spec
+from rlhf_cli.stages.service import Connect, flow_service, flow_spec, recording_at
 from rlhf_cli.stages.session import Result, Session, open_session
 
 
@@ -54,7 +53,7 @@ def run(
         if not ask and not fresh and (done := session.done(session.run.path)):
             return done
         if section.recording is not None:
-            recorded = Recording.read(section.recording / "journal.jsonl").state
+            recorded = recording_at(section.recording, session.run).state
             flow = AtService(recorded.flow.flow_id if recorded.flow else "recorded", adopted=True)
             why = f"the votes of run {recorded.run_id} are given again"
             judge = loaded.recipe.eval.judge if loaded.recipe.eval else None

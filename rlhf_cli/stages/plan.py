@@ -243,11 +243,14 @@ def _budget(recipe: Recipe, online: dict[str, Any]) -> list[str]:
     for name, (limit, planned) in limits.items():
         if limit is None or planned["max"] is None:
             continue
-        per_group = planned["max"] / online["groups"]
-        if per_group > limit:
-            found.append(f"budget.{name} of {limit:g} does not pay for one group of {per_group:g}: nothing would train")
+        per_step = planned["max"] / online["steps"]
+        if per_step > limit:
+            found.append(
+                f"budget.{name} of {limit:g} is less than the {per_step:g} that the groups of one step may use: "
+                "nothing would train"
+            )
         elif planned["expected"] > limit:
-            steps = int(limit / (planned["expected"] / recipe.run_online.steps))
+            steps = 1 + int((limit - per_step) / (planned["expected"] / online["steps"]))
             found.append(
                 f"budget.{name} of {limit:g} is less than the {planned['expected']:g} that run-online is expected to "
                 f"use: it ends (exit code 6) after about step {steps} of {recipe.run_online.steps}"

@@ -42,7 +42,7 @@ from rlhf_cli.policy.row_checks import prompts_only
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
-from rlhf_cli.stages.service import Connect, flow_service, flow_spec
+from rlhf_cli.stages.service import Connect, flow_service, flow_spec, recording_at
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
 from rlhf_cli.types import Feedback, Prompt
 
@@ -200,9 +200,7 @@ def _recording(session: Session) -> Recording | None:
     assert online is not None
     if online.feedback != "votes" or flow is None or flow.recording is None:
         return None
-    if flow.recording.samefile(session.run.path):
-        raise UsageError(f"{session.run.path} cannot be its own recording; choose another folder with --run-dir")
-    recording = Recording.read(flow.recording / "journal.jsonl")
+    recording = recording_at(flow.recording, session.run)
     recording.steps_for(online.steps)
     return recording
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from rlhf_cli.errors import UsageError
+from rlhf_cli.feedback.recorded import Recording
 from rlhf_cli.flow.base import Flow, FlowSpec, Responses
 from rlhf_cli.flow.bodies import keep_bodies
 from rlhf_cli.flow.client import FlowClient
@@ -56,6 +59,18 @@ def flow_service(recipe: Recipe, run: RunDir, *, outage_s: float = PATIENT.outag
         yield lambda: FlowClient.rapidata(credentials, patience=patience, on_body=on_body)
     else:
         yield lambda: FlowClient(section.service, credentials, patience=patience, on_body=on_body)
+
+
+def recording_at(folder: Path, run: RunDir) -> Recording:
+    """The votes that the run in `folder` recorded, to be given again in `run`.
+
+    Raises:
+        UsageError: A run cannot be its own recording.
+        DataError, RunDamaged: As `Recording.read`.
+    """
+    if folder.samefile(run.path):
+        raise UsageError(f"{run.path} cannot be its own recording; choose another folder with --run-dir")
+    return Recording.read(folder / "journal.jsonl")
 
 
 def crowd_settings(section: schema.Crowd | None) -> CrowdSettings | None:

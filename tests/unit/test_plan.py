@@ -15,7 +15,7 @@ from recipe_files import RECIPE, write_recipe
 from test_cli import loaded_by
 
 from rlhf_cli.ranking.intervals import detectable_win_rate, win_rate
-from rlhf_cli.stages.asking import SELF_HOSTED
+from rlhf_cli.stages.asking import known_capabilities
 
 RAPIDATA = (
     RECIPE.replace("embedded", "rapidata").replace("  crowd: {raters: 10}\n", "").replace("judge: crowd", "judge: flow")
@@ -74,8 +74,8 @@ def test_a_group_that_is_asked_about_again_may_cost_more() -> None:
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("votes: 7", "does not pay for one group of 8"),
-        ("votes: 96", "ends (exit code 6) after about step 2 of 3"),
+        ("votes: 63", "less than the 64 that the groups of one step may use"),
+        ("votes: 96", "ends (exit code 6) after about step 1 of 3"),
         ("votes: 150", "not for the most that run-online may use, 192"),
         ("usd: 0.4, usd_per_1k_votes: 5", None),  # simulated votes are free
     ],
@@ -117,7 +117,7 @@ def test_stages_say_whether_there_is_something_to_do() -> None:
 
 async def test_what_is_known_of_our_server_is_what_it_says(world: World) -> None:
     client = world.client()
-    assert await client.capabilities() == SELF_HOSTED
+    assert await client.capabilities() == known_capabilities("https://votes.example.org")
     await client.close()
 
 
