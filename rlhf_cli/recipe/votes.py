@@ -3,6 +3,7 @@
 A row is one of, with `"source"` as it likes:
 
     {"prompt", "chosen", "rejected"}                                          one vote
+    {"chosen": turns, "rejected": turns}                                      the same; all turns but the last agree
     {"prompt", "completions", "wins"}                                         wins[i][j] votes preferred i over j
     {"prompt", "completions", "votes": [{"rater"?, "better": i, "worse": j} or {"rater"?, "tie": [i, j]}]}
     {"prompt", "response_1", "response_2", "votes": [{"annotator"?, "choice": 1, 2 or "tie"}]}
@@ -105,6 +106,7 @@ def voted_row(row: Row) -> VoteRow:
         votes = tuple(_choice(vote, n) for n, vote in enumerate(_list(row, "votes"), 1))
         return _counted(prompt_of(row), answers, votes, source)
     if "completions" not in row:
+        row = _prompt_apart(row)
         pair = (completion_of(row, "chosen"), completion_of(row, "rejected"))
         return CountedVotes(prompt_of(row), pair, [[0.0, 1.0], [0.0, 0.0]], (), source)
     prompt, completions = prompt_of(row), _list(row, "completions")
@@ -115,6 +117,16 @@ def voted_row(row: Row) -> VoteRow:
         cast = tuple(_pair_vote(vote, n, len(texts)) for n, vote in enumerate(_list(row, "votes"), 1))
         return _counted(prompt, texts, cast, source)
     return CountedVotes(prompt, texts, _wins(row, len(texts)), (), source)
+
+
+def _prompt_apart(row: Row) -> Row:
+    """A pair of whole conversations, as datasets of the hub have them: what both begin with is the prompt."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "prompt" in row or not isinstance(chosen, list) or not isinstance(rejected, list):
+        return row
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+        wrong("'prompt' is missing, and 'chosen' and 'rejected' do not part at their last turn alone")
+    return {**row, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def alone(rows: Iterable[tuple[int, VoteRow]]) -> Iterator[tuple[int, str]]:

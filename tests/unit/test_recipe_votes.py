@@ -58,6 +58,20 @@ def test_the_shape_of_pandalm_is_taken_as_it_is(tmp_path: Path) -> None:
     assert len(group.rater_wins) == 4
 
 
+def test_whole_conversations_that_part_at_their_last_turn_are_a_pair_with_its_prompt(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    ask, good, bad = (
+        {"role": r, "content": c} for r, c in [("user", "Why?"), ("assistant", "So."), ("assistant", "No")]
+    )
+
+    (group,) = read_rows(tmp_path, {"chosen": [*talk, ask, good], "rejected": [*talk, ask, bad]})
+
+    assert [m.content for m in group.prompt] == ["Hi.", "Hello.", "Why?"]
+    assert group.completions == ("So.", "No")
+    with pytest.raises(DataError, match="do not part at their last turn alone"):
+        read_rows(tmp_path, {"chosen": [*talk, ask, good], "rejected": [ask, bad]})
+
+
 def test_ratings_become_votes_by_hand() -> None:
     # Of the pairs of a rating of the first and one of the second, 2 v 1, 2 v 2, 2 v 3, 0 v 1, 0 v 2, 0 v 3: one is a
     # win, one a tie, four are lost. 1.5 / 6 of two votes, because only two people rated the first.
