@@ -40,6 +40,6 @@ def score(
     from rlhf_cli.stages import score as stage
 
     with open_display("auto", f"score {file.name}") as display:
-        result = stage.run(model, file, output, sys.stdout.buffer, display.on_progress)
+        result = stage.run(model, file, output, sys.stdout, display.on_progress)
     if output is not None:
         out_result(result, as_json)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.journal.run_dir import RunDir, write_atomic
@@ -40,7 +40,7 @@ class ToScore:
         return self.prompt, self.completions
 
 
-def run(name: str, file: Path, output: Path | None, out: BinaryIO, on_progress: OnProgress) -> dict[str, Any]:
+def run(name: str, file: Path, output: Path | None, out: TextIO, on_progress: OnProgress) -> dict[str, Any]:
     """Score every row of `file`, in its order, to `output` or else to `out`.
 
     A row that `output` has already, with the same content and scored by the same weights, is kept as it is. Rows are
@@ -62,9 +62,9 @@ def run(name: str, file: Path, output: Path | None, out: BinaryIO, on_progress: 
         ready = next((n for n, row in enumerate(rows) if _key(row.row) not in known), len(rows))
         write_atomic(output, b"".join(known[_key(row.row)] for row in rows[:ready]))
         with output.open("ab", buffering=0) as sink:
-            _score(model, rows, ready, known, sink, on_progress)
+            _score(model, rows, ready, known, sink.write, on_progress)
     else:
-        _score(model, rows, 0, known, out, on_progress)
+        _score(model, rows, 0, known, lambda lines: out.write(lines.decode()), on_progress)
     return {"rows": len(rows), "kept": kept, "scored": len(rows) - kept, "output": str(output) if output else None}
 
 
@@ -128,7 +128,7 @@ def _score(
     rows: Sequence[ToScore],
     start: int,
     known: dict[str, bytes],
-    sink: Any,
+    write: Callable[[bytes], object],
     on_progress: OnProgress,
 ) -> None:
     for first in range(start, len(rows), AT_ONCE):
@@ -137,13 +137,12 @@ def _score(
         fresh = [row for row in some if _key(row.row) not in known]
         said = dict(zip(map(id, fresh), _said(model, fresh), strict=True))
         lines = [
-            json.dumps({**row.row, **said[id(row)], "model": model.about.version}, ensure_ascii=False).encode() + b"\n"
+            json.dumps({**row.row, **said[id(row)], "model": model.about.version}).encode() + b"\n"
             if id(row) in said
             else known[_key(row.row)]
             for row in some
         ]
-        sink.write(b"".join(lines))
-        sink.flush()
+        write(b"".join(lines))
     on_progress("scoring", len(rows), len(rows))
 
 
