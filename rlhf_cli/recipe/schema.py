@@ -514,8 +514,8 @@ class Compute(Section):
     ] = "ddp"
     """How processes share the work."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in `sft`, `run_online` and `eval`, in `train_rm` they are fp32; `auto` is bf16 where the hardware
-    has it."""
+    """Of matrix products in `sft`, `run_online` and `eval`, in `train_rm` they are fp32; `auto` is bf16 where the
+    hardware has it."""
     generator: Annotated[
         Literal["transformers", "vllm"], NotYet(one_of("vllm"), "the {value} generator is", "transformers")
     ] = "transformers"
