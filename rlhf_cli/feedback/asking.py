@@ -131,6 +131,7 @@ class Asking:
         if known.ranked is not None and any(ended_early(known, ask.item_id) for ask in known.asks):
             self._figures.saved += max(0.0, self._spec.responses.desired - known.ranked.matrix().votes)
         if known.decided_at is not None and self._wall() - known.decided_at <= 2 * DRAIN_S:
+            self._stop_doubles(known)
             for item_id in item_ids(known):
                 self._late.add(seen_of(known, shown, item_id, due=self._clock()))
 
@@ -201,10 +202,15 @@ class Asking:
         for item_id in item_ids(known):
             if item_id != known.item_id:  # that one comes from the buyer
                 asked.items.append(item_of(known, asked.shown, item_id, self._clock()))
+        self._stop_doubles(known)
+
+    def _stop_doubles(self, known: GroupState) -> None:
+        """End those that an earlier process had found and not stopped yet."""
+        stopped = {stop.item_id for stop in known.stopped}
         for double in known.doubles:
             for item_id in double.item_ids[1:]:
-                if all(stop.item_id != item_id for stop in known.stopped):
-                    self._start(self._stop(asked.shown.group_id, item_id, DOUBLED))
+                if item_id not in stopped:
+                    self._start(self._stop(known.sampled.group_id, item_id, DOUBLED))
 
     def _remember(self, known: GroupState) -> Shown:
         shown = Shown.of(known.sampled.group_id, [c.text for c in known.sampled.completions])
@@ -417,7 +423,9 @@ class Asking:
             self._asked_out(asked, incomplete=not complete)
             self._deliver(ranked)
         else:
-            # Set aside first: whatever dies in between, votes that the policy drops are never trained on.
+            # In this order, whatever dies in between, votes that the policy drops are kept and never trained on.
+            for item in asked.items:
+                self._record_end(asked, item)
             why = f"only {wins.votes:g} of at least {least} votes on item {asked.names()}"
             unranked = self._set_aside(asked.group, why)
             self._record(asked, complete)

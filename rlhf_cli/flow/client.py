@@ -8,6 +8,7 @@ import mimetypes
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TypeVar
 from urllib.parse import quote
@@ -131,8 +132,10 @@ class FlowClient:
 
     async def asks(self, flow_id: str, spec: FlowSpec) -> bool:
         flow = await self._calls.find(f"/flow/{_id(flow_id)}", wire.FlowDocument, absent=404)
+        if flow is None or await self._desired(spec) not in (None, flow.serve_responses or flow.max_responses):
+            return False
         wanted = (spec.instruction, spec.responses.min, spec.responses.max)
-        return flow is not None and (flow.criteria, flow.min_responses, flow.max_responses) == wanted
+        return (flow.criteria, flow.min_responses, flow.max_responses) == wanted
 
     async def update_flow(self, flow_id: str, spec: FlowSpec) -> None:
         body = wire.UpdateFlow(
@@ -223,7 +226,9 @@ class FlowClient:
                 return None
             wins = in_order_of(names, matrix, item_id, results)
         if not partial and self._on_body is not None and (await self.capabilities()).raw_votes:
-            await self._keep_votes(item_id)
+            # A record, not a label: where it is no good, as its body then shows, the votes above are all the same.
+            with suppress(FlowRefused):
+                await self._keep_votes(item_id)
         return wins
 
     async def results(self, item_id: str, assets: Sequence[Asset]) -> ItemResults | None:

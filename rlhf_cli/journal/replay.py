@@ -216,7 +216,8 @@ def _group(
         case ItemStopped():
             group = replace(group, stopped=(*group.stopped, event))
         case VotesLate():
-            unseen = sum(e.votes for e in group.ended if e.item_id == event.item_id and e.wins is None)
+            first = all(late.item_id != event.item_id for late in group.late)
+            unseen = sum(e.votes for e in group.ended if first and e.item_id == event.item_id and e.wins is None)
             paid = max(0.0, event.matrix().votes - unseen)
             group = replace(group, late=(*group.late, event))
         case GroupSetAside():

@@ -56,7 +56,7 @@ class Service(Protocol):
 
 
 class Watched(httpx.AsyncBaseTransport):
-    """Notes requests; `before` may answer or raise in the service's place, `after` may change what it answered."""
+    """Notes requests; `after` may change what was answered."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
         self._inner = inner

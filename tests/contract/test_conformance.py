@@ -387,6 +387,12 @@ async def test_a_flow_that_was_changed_asks_otherwise_from_then_on_and_is_not_ad
         assert not await client.asks(flow_id, SPEC)
         assert await client.asks(flow_id, changed)
 
+    fewer = replace(SPEC, responses=Responses(2, 5, 6))
+    await client.update_flow(flow_id, fewer)
+    assert await client.asks(flow_id, fewer)
+    # A service that knows no desired number asks both the same.
+    assert await client.asks(flow_id, SPEC) != (await client.capabilities()).desired
+
     await client.update_flow(flow_id, replace(SPEC, instruction="Which is kinder?", responses=Responses(1, 2, 2)))
 
     assert await client.find_flow(SPEC) is None
@@ -487,6 +493,24 @@ async def test_what_was_said_about_ended_items_is_kept_word_for_word_raw_votes_w
     if "votes" in bodies:
         assert bodies["votes"]["total"] == len(bodies["votes"]["items"]) == 6
     assert not any(secret in path.read_text() for secret in service.credentials.secrets)
+    await client.close()
+
+
+async def test_raw_votes_that_make_no_sense_do_not_cost_the_votes(service: Service, tmp_path: Path) -> None:
+    client = service.client(on_body=keep_bodies(tmp_path / "bodies.jsonl"))
+    item_id = await ask(client, await client.open_flow(SPEC), TEXTS)
+    service.start()
+    service.vote(item_id, 6)
+    service.transport.after = lambda request, response: (
+        httpx.Response(200, text="<html>") if request.url.path.endswith("/votes") else None
+    )
+
+    matrix = await client.vote_matrix(item_id, TEXTS)
+
+    assert matrix is not None
+    assert matrix.wins.tolist() == service.truth(item_id).tolist()
+    kept = "<html>" in (tmp_path / "bodies.jsonl").read_text()
+    assert kept == (await client.capabilities()).raw_votes
     await client.close()
 
 

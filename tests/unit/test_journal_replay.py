@@ -153,9 +153,10 @@ def test_votes_that_a_service_only_counted_are_not_paid_twice_when_it_shows_them
         ItemEnded(group_id="a", item_id="i", state="Failed", votes=5),
         GroupSetAside(group_id="a", reason="failed"),
         VotesLate(group_id="a", item_id="i", wins=((0, 4), (3, 0))),
+        VotesLate(group_id="a", item_id="i", wins=((0, 1), (0, 0))),
     )
 
-    assert state.votes_total == 7
+    assert state.votes_total == 8
     assert not state.open_groups
 
 

@@ -197,6 +197,22 @@ def test_an_incomplete_item_follows_the_policy(world: World, clock: Clock, polic
         assert asked.feedback.status()["flow/incomplete_frac"] == (count < SPEC.responses.min)
 
 
+def test_votes_that_the_policy_drops_are_on_disk_before_the_group_is_set_aside(world: World, clock: Clock) -> None:
+    def journal(event: Event) -> None:
+        if isinstance(event, GroupRanked):
+            raise Killed
+        asked.disk.append(event)
+
+    with asking(world, incomplete="drop", journal=journal) as asked:
+        asked.submit(group(0, TEXTS))
+        submitted(world, asked)
+        world.vote(1)
+        clock.advance(61)
+        until(lambda: events(asked, GroupSetAside))
+    assert run_state(asked.disk).votes_total == 1
+    assert not run_state(asked.disk).ready_groups
+
+
 @pytest.mark.parametrize("policy", ["use", "drop"])
 def test_an_item_without_votes_never_becomes_a_label(world: World, clock: Clock, policy: str) -> None:
     with asking(world, incomplete=policy) as asked:
@@ -772,6 +788,24 @@ def test_an_item_found_after_the_decision_is_stopped_and_its_votes_are_late(worl
         assert run_state(asked.disk).votes_total == 5
 
 
+def test_a_double_that_a_dead_process_had_found_and_not_stopped_is_stopped(world: World, clock: Clock) -> None:
+    with asking(world, PLAIN) as asked:
+        decide_one(world, asked)
+        (dataset,) = events(asked, DatasetCreated)
+        asked.feedback.close()
+        clock.advance(0.1)
+        double = world.store.create_item(asked.flow_id, dataset.dataset_id, "Why?", 60)
+        (known,) = events(asked, GroupSubmitted)
+        item_ids = (known.item_id, double)
+        asked.disk.append(ItemDoubled(group_id="g0", dataset_id=dataset.dataset_id, item_ids=item_ids))
+        again = Asking(world, asked.disk, asked.flow_id, PLAIN, wall=lambda: 1.0)
+        again.feedback.resume(run_state(asked.disk).groups.values())
+        until(lambda: events(asked, ItemStopped))
+        again.feedback.close()
+    assert [event.item_id for event in events(asked, ItemStopped)] == [double]
+    assert world.store.item(double).state is ItemState.STOPPED
+
+
 def test_items_of_other_runs_in_the_same_flow_are_left_alone(world: World) -> None:
     ours = Clock()
     with asking(world, PLAIN, clock=ours) as asked:
@@ -884,6 +918,37 @@ async def test_starting_over_ends_the_items_people_still_vote_on_and_keeps_what_
     assert state(disk) == []
     assert run_state(disk).votes_total == 2
     assert not run_state(disk).ready_groups
+
+
+@SERVICES
+async def test_starting_over_keeps_the_votes_of_items_that_had_ended_already_or_are_slow_to_end(
+    world: World, clock: Clock, capabilities: Capabilities | None
+) -> None:
+    flow_id, disk = world.open_flow(SPEC), list[Event]()
+    asked = Asking(world, disk, flow_id)
+    asked.submit(group(0, TEXTS))
+    (item_id,) = submitted(world, asked)
+    asked.feedback.close()
+    world.vote(3)  # nobody looked
+    matrices = 0
+
+    def refuses_and_lingers(request: httpx.Request) -> httpx.Response | None:
+        nonlocal matrices
+        matrices += request.url.path.endswith("/vote-matrix")
+        if request.url.path.endswith("/stop"):
+            return httpx.Response(409, json={"detail": "it has ended"})
+        return httpx.Response(409) if matrices == 1 and request.url.path.endswith("/vote-matrix") else None
+
+    world.transport.before = refuses_and_lingers
+    client = world.client(capabilities)
+    ended = await abandon(client, flow_id, state(disk), disk.append)
+    await client.close()
+
+    assert ended == 0
+    (kept,) = [event for event in disk if isinstance(event, ItemEnded)]
+    assert WinMatrix(kept.wins) == world.store.matrix(item_id)
+    assert run_state(disk).votes_total == 3
+    assert state(disk) == []
 
 
 # What ends the asking.
