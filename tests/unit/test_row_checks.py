@@ -81,7 +81,7 @@ def test_one_known_row_in_hundreds_is_worth_a_line_and_no_more() -> None:
 
 
 def test_a_held_out_prompt_with_new_completions_is_a_warning() -> None:
-    notes = found(pairs(GOOD), heldout(NEW, ("What is a river?", "A stream.", "A lake, I think.")))
+    notes = found(pairs(GOOD), heldout(NEW, ("What is a river?", "A stream.", "A wet thing.")))  # one of them is known
 
     assert len(notes) == 1
     assert "heldout.jsonl:2" in notes[0]
