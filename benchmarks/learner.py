@@ -1,6 +1,6 @@
 """What it costs to learn from a group of 8 completions with votes on all 28 pairs, beside TRL's pair collators.
 
-    OMP_NUM_THREADS=1 python benchmarks/learner.py                # about 2 minutes on a free core
+    OMP_NUM_THREADS=1 python benchmarks/learner.py                # about 3 minutes
     OMP_NUM_THREADS=1 python benchmarks/learner.py --json FILE
 
 Reward model and DPO, each on the same weights, the same tokens and the same votes, in float32. Ours reads a completion
@@ -252,10 +252,10 @@ def measure(works: Sequence[Work], repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--groups", type=int, nargs="+", default=[1], help="prompts a step, 8 completions each")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2], help="prompts a step, 8 completions each")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write date, machine, settings and results")
     args = parser.parse_args()
     prepare(1)

@@ -11,7 +11,7 @@ from stream_world import Disk
 
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.journal.events import GroupRanked, GroupSampled, GroupSetAside
-from rlhf_cli.policy.scoring import About, Array, Text, Reader
+from rlhf_cli.policy.scoring import About, Array, Reader, Text
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Unranked
 
 
