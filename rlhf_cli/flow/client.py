@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -43,8 +42,6 @@ RAW_VOTES_PAGE = 1000
 UPLOAD_S = 300.0
 """How long the service may take to fetch images from their addresses."""
 UPLOAD_POLL_S = 0.5
-CLOCKS_APART_S = 3600.0
-"""By how much the service's clock may be wrong when items are looked for by their time."""
 
 OnBody = Callable[[str, str, bytes], None]
 Got = TypeVar("Got")
@@ -181,13 +178,9 @@ class FlowClient:
         created = await self._create(f"/flow/ranking/{_id(flow_id)}/item", wire.ItemCreated, body, key)
         return created.flow_item_id
 
-    async def find_item(self, flow_id: str, dataset_id: str, since: float | None = None) -> ItemStatus | None:
+    async def find_item(self, flow_id: str, dataset_id: str) -> ItemStatus | None:
         found: ItemStatus | None = None
-        params: dict[str, str | list[str]] = {}
-        if since is not None and (await self.capabilities()).list_filter:
-            moment = datetime.fromtimestamp(since - CLOCKS_APART_S, UTC)
-            params["created_at[gte]"] = moment.isoformat(timespec="seconds").replace("+00:00", "Z")
-        async for page in self._pages(_items(flow_id), wire.Page[wire.ItemRow], params):
+        async for page in self._pages(_items(flow_id), wire.Page[wire.ItemRow]):
             for row in page.items:  # newest first, so the last one found is the oldest
                 found = row.status() if row.dataset_id == dataset_id else found
         return found

@@ -45,8 +45,6 @@ class Ask:
     """One time that people are asked about a group; what has not happened yet is None."""
 
     key: str | None = None
-    intended_at: float | None = None
-    """Unix time of the intent: an item that a crash left unrecorded was created after it."""
     dataset_id: str | None = None
     item_id: str | None = None
     submitted_at: float | None = None
@@ -203,7 +201,7 @@ def _group(
     paid = 0.0
     match event:
         case GroupIntended():
-            group = replace(group, asks=(*group.asks, Ask(key=event.key, intended_at=entry.at)))
+            group = replace(group, asks=(*group.asks, Ask(key=event.key)))
         case DatasetCreated():
             group = _asked(group, dataset_id=event.dataset_id)
         case GroupSubmitted():
