@@ -234,7 +234,8 @@ def test_a_stage_that_is_terminated_outside_the_loop_is_journalled_as_that(tmp_p
     assert process.ended().code == 143
     stopped = state(tmp_path).stopped
     assert stopped is not None
-    assert (stopped.exit_code, stopped.reason) == (143, "stopped by SIGTERM")
+    assert stopped.exit_code == 143
+    assert stopped.reason.startswith("stopped by SIGTERM")
 
 
 def test_a_finished_run_needs_no_flow_any_more(smoke: Smoke, tmp_path: Path) -> None:
