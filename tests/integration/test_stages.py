@@ -315,11 +315,14 @@ def test_starting_over_ends_what_people_still_vote_on(smoke: Smoke, tmp_path: Pa
     process = Process("run-online", folder, sets=slow)
     process.send(signal.SIGTERM, lambda seen: count(GroupSubmitted, seen) >= 3)
     assert process.ended().code == 143
-    paid, waiting = state(folder).votes_total, {group.item_id for group in state(folder).open_groups}
+    paid, groups = state(folder).votes_total, state(folder).open_groups
+    waiting = {group.item_id for group in groups if group.item_id is not None}
     ended = stage("run-online", folder, "--fresh", sets=(*QUICK, "run_online.steps=1"))
     assert succeeded(ended)["steps"] == 1
     assert "items that people were still voting on" in ended.err
-    assert waiting - {None} == {event.item_id for event in events(folder) if isinstance(event, ItemStopped)}
+    stopped = {event.item_id for event in events(folder) if isinstance(event, ItemStopped)}
+    assert waiting <= stopped
+    assert len(stopped) <= len(groups)  # an item whose creation was not answered any more is found and ended too
     assert state(folder).attempt == 2
     assert state(folder).votes_total >= paid
 
