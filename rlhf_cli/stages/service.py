@@ -43,7 +43,7 @@ def flow_service(recipe: Recipe, run: RunDir, *, outage_s: float = PATIENT.outag
     """
     section = recipe.flow
     assert section is not None
-    on_body, patience = keep_bodies(run.flow_bodies), Patience(outage_s=outage_s)
+    on_body, patience = keep_bodies(run.flow_bodies), Patience(outage_s=min(outage_s, section.outage_s))
     if section.service == "embedded":
         with EmbeddedFlow(run.flow_store, crowd_settings(section.crowd), recipe.seed) as server:
             credentials = Credentials(server.client_id, server.client_secret)

@@ -21,6 +21,7 @@ from rlhf_cli.errors import Diverged
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.learner import sft as sft_module
+from rlhf_cli.learner.checkpoints import Checkpoints
 from rlhf_cli.learner.dpo import Batch, GroupDPOTrainer
 from rlhf_cli.learner.reward import train_reward_model
 from rlhf_cli.learner.sft import train_sft
@@ -295,6 +296,13 @@ def test_the_reward_model_learns_from_whole_groups_and_is_saved_with_its_head(
     assert best > middle > worst
 
 
+def fine_tuned(tiny: str, recipe: Recipe, rows: list[Any], heldout: list[Any], into: Path) -> dict[str, float]:
+    checkpoints = Checkpoints(into / "checkpoints", "inputs", None, lambda: False, lambda: None)
+    target = into / "model"
+    done = train_sft(tiny, recipe, rows, heldout, target, checkpoints, None, lambda *_: None, lambda *_: None)
+    return done.figures
+
+
 def first_labels(monkeypatch: pytest.MonkeyPatch, tiny: str, recipe: Recipe, rows: list[Any], into: Path) -> list[str]:
     """The text that the loss of the first step is on, one string per row."""
     seen: list[list[int]] = []
@@ -305,12 +313,12 @@ def first_labels(monkeypatch: pytest.MonkeyPatch, tiny: str, recipe: Recipe, row
             return super().compute_loss(model, inputs, *given, **named)
 
     monkeypatch.setattr(sft_module, "SFTTrainer", Spy)
-    train_sft(tiny, recipe, rows, [], into, lambda done, total: None)
+    fine_tuned(tiny, recipe, rows, [], into)
     return sorted(load_tokenizer(tiny).decode(row) for row in seen)
 
 
 def sft_recipe(recipe: MakeRecipe, **given: Any) -> Recipe:
-    return recipe(sft={"dataset": "sft.jsonl", "max_steps": 1, "batch_size": 2, **given})
+    return recipe(sft={"dataset": "sft.jsonl", "max_steps": 1, "batch_size": 2, "samples": 0, **given})
 
 
 def test_fine_tuning_learns_the_answers_and_not_the_questions(
@@ -342,10 +350,9 @@ def test_fine_tuning_lowers_the_loss_and_saves_a_plain_model(
 ) -> None:
     chats = [(Message("user", "Say hello."), Message("assistant", "Hi! Water that flows."))] * 4
     plan = recipe(model=KINDS[kind], sft={"dataset": "s.jsonl", "max_steps": 8, "batch_size": 4, "learning_rate": 3e-3})
-    figures = train_sft(tiny, plan, chats, chats[:1], tmp_path, lambda done, total: None)
+    figures = fine_tuned(tiny, plan, chats, chats[:1], tmp_path)
     assert figures["heldout_loss"] < figures["loss"]
     assert not list((tmp_path / "model").glob("adapter*"))
-    assert not (tmp_path / "trainer").exists()
     saved = Policy(str(tmp_path / "model"), recipe(), train=False)
     question = saved.encode(prompt("Say hello."))
     (row,) = saved.logps(saved.model, [question], [saved.tokenizer("Hi! Water that flows.<|end|>")["input_ids"]])

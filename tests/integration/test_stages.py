@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,6 @@ from cli_world import (
 )
 from flow_world import until
 
-from rlhf_cli.flow.client import FlowClient
-from rlhf_cli.flow.http import Patience
 from rlhf_cli.journal import journal
 from rlhf_cli.journal.events import (
     CheckpointSaved,
@@ -44,7 +41,6 @@ from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.online.checkpoint import latest
 from rlhf_cli.server.crowd import CrowdSettings
 from rlhf_cli.server.embedded import EmbeddedFlow
-from rlhf_cli.stages import service
 
 
 def test_the_stages_one_by_one_make_a_run_that_then_has_nothing_left_to_do(smoke: Smoke, tmp_path: Path) -> None:
@@ -184,7 +180,14 @@ class TestAnotherServer:
             yield server
 
     def sets(self, url: str) -> tuple[str, ...]:
-        return (f"flow.service={url}", "flow.crowd=null", "flow.poll_s=0.05", "eval=null", "run_online.steps=2")
+        return (
+            f"flow.service={url}",
+            "flow.crowd=null",
+            "flow.poll_s=0.05",
+            "flow.outage_s=1",
+            "eval=null",
+            "run_online.steps=2",
+        )
 
     def test_a_run_works_and_keeps_the_secrets_to_itself(
         self, server: EmbeddedFlow, smoke: Smoke, tmp_path: Path
@@ -215,7 +218,6 @@ class TestAnotherServer:
     def test_one_that_cannot_be_reached_is_an_outside_failure(
         self, server: EmbeddedFlow, smoke: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(service, "FlowClient", partial(FlowClient, patience=Patience(0.5, 0.5)))
         refused(
             stage("open-flow", copy(smoke.prepared, tmp_path), sets=self.sets("http://127.0.0.1:9")), 75, "127.0.0.1:9"
         )
@@ -223,7 +225,6 @@ class TestAnotherServer:
     def test_one_that_refuses_us_in_mid_run_leaves_a_checkpoint_to_resume_from(
         self, server: EmbeddedFlow, smoke: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(service, "FlowClient", partial(FlowClient, patience=Patience(0.5, 0.5)))
         sets = (*self.sets(server.url), "run_online.steps=40", "run_online.checkpoint_every=100")
         folder = copy(smoke.prepared, tmp_path)
         succeeded(stage("open-flow", folder, sets=sets))
