@@ -62,7 +62,7 @@ class Checkpoints(TrainerCallback):
         inputs: Fingerprint of what the stage is made from; a checkpoint of other inputs is never gone on from.
         every: Steps between two checkpoints; None for only the others.
         stopping: Whether somebody asked to stop.
-        stop: Called after the checkpoint that was made because of that; raises.
+        stop: Called with the step of the checkpoint that was made because of that; raises.
         extra: Writes what the trainer does not know of into the folder of a checkpoint before it is published.
     """
 
@@ -72,7 +72,7 @@ class Checkpoints(TrainerCallback):
         inputs: str,
         every: int | None,
         stopping: Callable[[], bool],
-        stop: Callable[[], None],
+        stop: Callable[[int], None],
         extra: Callable[[Path], None] = lambda _: None,
     ) -> None:
         self.folder, self.inputs, self.every = folder, inputs, every
@@ -99,7 +99,7 @@ class Checkpoints(TrainerCallback):
         (source / ABOUT).write_text(json.dumps(about))
         publish(source, self.folder / f"step-{state.global_step:06d}")
         if self.stopping():
-            self.stop()
+            self.stop(state.global_step)
 
 
 def publish(source: Path, target: Path) -> None:

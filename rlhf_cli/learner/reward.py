@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_cli.errors import Diverged
@@ -33,7 +32,7 @@ from rlhf_cli.learner.groups import Example, by_group, stack_wins
 from rlhf_cli.learner.losses import vote_agreement, votes_nll, votes_offset
 from rlhf_cli.learner.pairwise import comparisons, order_scores, orders_agree
 from rlhf_cli.learner.settings import trainer_settings
-from rlhf_cli.learner.sft import OnRow, OnStep, StepCallback
+from rlhf_cli.learner.watch import OnRow, OnStep, Watch
 from rlhf_cli.policy.checks import check_head
 from rlhf_cli.policy.encoding import batch_of, encode_answer, longest
 from rlhf_cli.policy.heads import fresh_heads, head_name, save_heads, set_dropout
@@ -122,6 +121,12 @@ class VotesTrainer(RewardTrainer):
             self.votes += float(wins_BGG.sum())
         return loss
 
+    def figures(self, logs: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Share of the votes since the last call that the rewards agreed with."""
+        accuracy = self.agreed_votes / self.votes
+        self.agreed_votes, self.votes = 0.0, 0.0
+        return {"accuracy": accuracy}
+
     @torch.no_grad()
     def look(self, examples: Sequence[Example]) -> Look:
         """How well the mean over the heads, or over the orders of reading, says what the votes say."""
@@ -138,56 +143,6 @@ class VotesTrainer(RewardTrainer):
             votes += count
             consistent += float(orders_agree(scores_KBG).sum()) if len(scores_KBG) == 2 else 0.0
         return Look(nll / votes, agreed / votes, consistent / len(examples))
-
-
-class _Rows(TrainerCallback):
-    """Metrics of every step, and a stop at the first gradient that is no number."""
-
-    def __init__(self, trainer: VotesTrainer, on_row: OnRow) -> None:
-        self.trainer, self.on_row, self._heldout = trainer, on_row, dict[str, float]()
-
-    def look(self, heldout: Sequence[Example]) -> float:
-        """The held-out loss, shown in the row of its step."""
-        loss = self.trainer.look(heldout).loss
-        self._heldout = {"train_rm/heldout_loss": loss}
-        return loss
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._spent_s = time.perf_counter() - self._started
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
-        if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
-            raise Diverged(
-                f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
-                "Lower train_rm.learning_rate and run it again."
-            )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:  # the summary after the last step is no step
-            return
-        row = {
-            "train_rm/loss": logs["loss"],
-            "train_rm/accuracy": self.trainer.agreed_votes / self.trainer.votes,
-            "train_rm/grad_norm": logs["grad_norm"],
-            "train_rm/learning_rate": logs["learning_rate"],
-            "train_rm/step_s": self._spent_s,
-            **self._heldout,
-        }
-        self.trainer.agreed_votes, self.trainer.votes, self._heldout = 0.0, 0.0, {}
-        self.on_row(state.global_step, row)
 
 
 def answers(
@@ -285,7 +240,6 @@ def train_reward_model(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
-        callbacks=[StepCallback(on_step)],
         args=RewardConfig(
             **{**trainer_settings(recipe, scratch / "trainer"), **arguments},
             num_train_epochs=1,  # the plan holds all passes
@@ -301,11 +255,11 @@ def train_reward_model(
             remove_unused_columns=False,
         ),
     )
-    rows = _Rows(trainer, on_row)
-    trainer.add_callback(rows)
+    watch = Watch("train_rm", trainer.figures, lambda: trainer.look(kept_apart).loss, on_step, on_row)
+    trainer.add_callback(watch)
     early = None
     if section.stop_early is not None:
-        early = EarlyStop(section.stop_early, trainer.model, lambda: rows.look(kept_apart))
+        early = EarlyStop(section.stop_early, trainer.model, watch.look)
         trainer.add_callback(early)
         if checkpoint is not None:
             early.load(checkpoint.path)

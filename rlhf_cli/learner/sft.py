@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -16,18 +15,15 @@ from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_cli.errors import DataError, Diverged
+from rlhf_cli.errors import DataError
 from rlhf_cli.learner.checkpoints import Checkpoint, Checkpoints, train
 from rlhf_cli.learner.early_stop import EarlyStop
 from rlhf_cli.learner.settings import trainer_settings
+from rlhf_cli.learner.watch import OnRow, OnStep, Watch
 from rlhf_cli.policy.generate import encode_prompt, sample
 from rlhf_cli.policy.load import (
     load_model,
@@ -40,10 +36,6 @@ from rlhf_cli.policy.load import (
 from rlhf_cli.recipe.schema import Recipe, Sft
 from rlhf_cli.types import Message, Prompt
 
-OnStep = Callable[[int, int], None]
-"""Called with steps done and steps in all."""
-OnRow = Callable[[int, Mapping[str, float]], None]
-"""Called with a step and its metrics."""
 SftRow = tuple[Message, ...] | str
 """A conversation that ends with the answer to learn, or a raw text."""
 
@@ -51,16 +43,6 @@ IGNORED = -100
 SAMPLE_TOKENS = 64
 TEXT_START_TOKENS = 16
 """So much of a raw text is given, the model goes on from there."""
-
-
-class StepCallback(TrainerCallback):
-    """Reports progress of a trainer to a plain function."""
-
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.on_step(state.global_step, state.max_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +98,9 @@ def train_sft(
         eval_dataset=encoded_heldout.dataset if encoded_heldout else None,
         processing_class=tokenizer,
         peft_config=lora_config(recipe.model, "CAUSAL_LM"),
-        callbacks=[StepCallback(on_step)],
     )
     trainer.remove_callback(PrinterCallback)
-    watch = _Watch(trainer, on_row)
+    watch = Watch("sft", _Figures(), lambda: heldout_loss(trainer), on_step, on_row)
     trainer.add_callback(watch)
     shown = [*heldout, *rows][: section.samples]
     with trainer.accelerator.autocast():
@@ -210,57 +191,15 @@ def _config(recipe: Recipe, section: Sft, checkpoints: Checkpoints) -> SFTConfig
     )
 
 
-class _Watch(TrainerCallback):
-    """Metrics of every step, and a stop at the first gradient that is no number."""
+class _Figures:
+    """Of a step, from what TRL logs: it counts tokens over the whole training."""
 
-    def __init__(self, trainer: SFTTrainer, on_row: OnRow) -> None:
-        self.trainer, self.on_row = trainer, on_row
+    def __init__(self) -> None:
         self._tokens = 0.0
-        self._heldout: dict[str, float] = {}
 
-    def look(self) -> float:
-        """The held-out loss, shown in the row of its step."""
-        loss = heldout_loss(self.trainer)
-        self._heldout = {"sft/heldout_loss": loss}
-        return loss
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
-            raise Diverged(
-                f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
-                "Lower sft.learning_rate and run it again."
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._spent = time.perf_counter() - self._started
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:  # the summary after the last step is no step
-            return
-        row = {
-            "sft/loss": logs["loss"],
-            "sft/accuracy": logs["mean_token_accuracy"],
-            "sft/grad_norm": logs["grad_norm"],
-            "sft/learning_rate": logs["learning_rate"],
-            "sft/tokens_per_s": (logs["num_tokens"] - self._tokens) / self._spent,
-            "sft/step_s": self._spent,
-            **self._heldout,
-        }
-        self._tokens, self._heldout = logs["num_tokens"], {}
-        self.on_row(state.global_step, row)
+    def __call__(self, logs: Mapping[str, float], seconds: float) -> dict[str, float]:
+        tokens, self._tokens = logs["num_tokens"] - self._tokens, logs["num_tokens"]
+        return {"accuracy": logs["mean_token_accuracy"], "tokens_per_s": tokens / seconds}
 
 
 @torch.no_grad()

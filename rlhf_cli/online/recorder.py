@@ -6,15 +6,14 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_cli.errors import Diverged
 from rlhf_cli.journal.events import CheckpointSaved, StepTrained
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.learner.dpo import GroupDPOTrainer
+from rlhf_cli.learner.watch import check_gradients
 from rlhf_cli.online.checkpoint import publish
 from rlhf_cli.online.stream import Fresh, Stream
 
@@ -42,12 +41,8 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not torch.isfinite(torch.stack([g.abs().max() for g in gradients])).all():
-            raise Diverged(
-                f"the gradient of step {state.global_step + 1} is not finite; no weight was changed by it. "
-                "Lower run_online.learner.learning_rate and start over with --fresh."
-            )
+        advice = "Lower run_online.learner.learning_rate and start over with --fresh."
+        check_gradients(kwargs["model"], state.global_step + 1, advice)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         batch = self.stream.batch

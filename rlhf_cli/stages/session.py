@@ -9,17 +9,18 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import DiskFull, MissingStage, RlhfError, disk_full
+from rlhf_cli.errors import DiskFull, MissingStage, RlhfError, Stopped, disk_full
 from rlhf_cli.journal.events import Event, RunStarted, RunStopped, StageFinished, StageStarted
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState, replay
 from rlhf_cli.journal.run_dir import RunDir, sync_folder, write_atomic
+from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.runtime import prepare
 from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
 from rlhf_cli.recipe.load import LoadedRecipe
@@ -99,6 +100,17 @@ class Session:
             StageFinished(stage=self.stage, fingerprint=self.fingerprint, seconds=seconds, summary=summary)
         )
         return {"stage": self.stage, "skipped": False, "seconds": seconds, **summary}
+
+    def stopped(self, stop: StopRequest, steps: int) -> NoReturn:
+        """End a supervised stage that was asked to stop, after the checkpoint of so many steps.
+
+        Raises:
+            Stopped: Always; says how to go on.
+        """
+        assert stop.signal_number is not None
+        again = self.loaded.command(self.stage, "--run-dir", str(self.run.path))
+        name = signal.Signals(stop.signal_number).name
+        raise Stopped(f"stopped by {name}; {steps} steps are saved\ngo on with: {again}", stop.signal_number)
 
     def progress(self, task: str, done: float, total: float | None) -> None:
         for observer in self.observers:

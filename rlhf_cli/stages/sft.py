@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_cli.errors import Stopped, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.run_dir import write_atomic
@@ -65,7 +64,7 @@ def run(
             session.fingerprint,
             section.checkpoint_every,
             stopping=lambda: stop.signal_number is not None,
-            stop=lambda: _stop(session, stop),
+            stop=lambda steps: session.stopped(stop, steps),
         )
         result = train_sft(
             start,
@@ -85,15 +84,6 @@ def run(
         _show(session, result)
         stop.check()  # asked too late to stop this stage: the next one shall not begin
         return finished
-
-
-def _stop(session: Session, stop: StopRequest) -> None:
-    saved = newest(session.run.sft_checkpoints, session.fingerprint)
-    assert saved is not None
-    assert stop.signal_number is not None
-    again = session.loaded.command("sft", "--run-dir", str(session.run.path))
-    name = signal.Signals(stop.signal_number).name
-    raise Stopped(f"stopped by {name}; {saved.step} steps are saved\ngo on with: {again}", stop.signal_number)
 
 
 def _show(session: Session, result: SftResult) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import Stopped, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.honesty import Judged, honesty_report
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
@@ -71,7 +70,7 @@ def run(
             session.fingerprint,
             section.checkpoint_every,
             stopping=lambda: stop.signal_number is not None,
-            stop=lambda: _stop(session, stop),
+            stop=lambda steps: session.stopped(stop, steps),
         )
         figures: dict[str, Any] = train_reward_model(
             start,
@@ -97,15 +96,6 @@ def run(
         clear(run.train_rm_checkpoints)
         stop.check()  # asked too late to stop this stage: the next one shall not begin
         return result
-
-
-def _stop(session: Session, stop: StopRequest) -> None:
-    saved = newest(session.run.train_rm_checkpoints, session.fingerprint)
-    assert saved is not None
-    assert stop.signal_number is not None
-    again = session.loaded.command("train-rm", "--run-dir", str(session.run.path))
-    name = signal.Signals(stop.signal_number).name
-    raise Stopped(f"stopped by {name}; {saved.step} steps are saved\ngo on with: {again}", stop.signal_number)
 
 
 def _votes(section: TrainRm, seed: int) -> tuple[list[VotedGroup], list[VotedGroup]]:

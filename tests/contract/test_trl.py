@@ -297,7 +297,7 @@ def test_the_reward_model_learns_from_whole_groups_and_is_saved_with_its_head(
 
 
 def fine_tuned(tiny: str, recipe: Recipe, rows: list[Any], heldout: list[Any], into: Path) -> dict[str, float]:
-    checkpoints = Checkpoints(into / "checkpoints", "inputs", None, lambda: False, lambda: None)
+    checkpoints = Checkpoints(into / "checkpoints", "inputs", None, lambda: False, lambda _: None)
     target = into / "model"
     done = train_sft(tiny, recipe, rows, heldout, target, checkpoints, None, lambda *_: None, lambda *_: None)
     return done.figures

@@ -32,7 +32,7 @@ def trained(
     def on_row(step: int, row: Mapping[str, float]) -> None:
         seen.append((step, dict(row)))
 
-    checkpoints = Checkpoints(folder / "checkpoints", "inputs", None, lambda: False, lambda: None)
+    checkpoints = Checkpoints(folder / "checkpoints", "inputs", None, lambda: False, lambda _: None)
     assert recipe.model.path is not None
     result = train_sft(
         path or recipe.model.path, recipe, rows, heldout, folder / "model", checkpoints, None, lambda *_: None, on_row
