@@ -1,4 +1,4 @@
-"""Model text is hostile: whoever shows it passes it through here first."""
+"""What must not be shown as it is: model text is hostile, and addresses may hold a password."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
+
+_USERINFO = re.compile(r"://[^\s'\"]*@")
+
+
+def without_userinfo(text: str) -> str:
+    """`text` with what stands before the host of an address, a name and a password, as `...`."""
+    return _USERINFO.sub("://...@", text)
 
 
 def visible(text: str) -> str:

@@ -24,6 +24,7 @@ from rlhf_cli.recipe.problems import Place, Problem, describe, looks_secret
 from rlhf_cli.recipe.rules import broken_rules
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.written import Scalar, Unreadable, Written, read, scalar
+from rlhf_cli.text import without_userinfo
 
 _SET_RANK = 1000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%:+-]+)?")
@@ -172,11 +173,12 @@ def _apply(sets: Sequence[str], tree: Written) -> tuple[Written, list[Problem]]:
     """Put `--set` values into the tree; later ones win. Relative paths in them start from the working folder."""
     problems = []
     for n, override in enumerate(sets):
-        place = Place(_SET_RANK + n, 0, 0, f"--set {override}")
+        shown = f"--set {without_userinfo(override)}"
+        place = Place(_SET_RANK + n, 0, 0, shown)
         name, equals, text = override.partition("=")
         path = tuple(name.strip().split("."))
         if not equals or not all(path):
-            raise UsageError(f"--set {override}: write it as key=value, such as --set run_online.steps=10")
+            raise UsageError(f"{shown}: write it as key=value, such as --set run_online.steps=10")
         unknown = next((path[:n] for n in range(1, len(path) + 1) if field_at(path[:n]) is None), None)
         if unknown is not None:
             problems.append(Problem(place, "", "unknown key" + suggestion(unknown)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.recipe.keys import suggestion
+from rlhf_cli.text import without_userinfo
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,6 +40,9 @@ class Problem:
     place: Place
     key: str
     what: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "what", without_userinfo(self.what))
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.place), self.key, self.what) if part)
@@ -163,5 +167,5 @@ def _shown(value: Any, path: tuple[str, ...]) -> str:
         return "keys and values"
     if isinstance(value, list):
         return "a list"
-    text = repr(value)
+    text = without_userinfo(repr(value))  # before the end is cut off, which would hide where the password ends
     return text if len(text) <= 60 else text[:57] + "..."

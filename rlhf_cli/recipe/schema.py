@@ -148,8 +148,9 @@ class Sft(Section):
     samples: int = Field(4, ge=0, le=100)
     """Prompts answered before and after, in `samples/sft.jsonl` and in the report: the first held-out ones, else the
     first of the data."""
-    checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints that an interrupted training goes on from; none when left out."""
+    checkpoint_every: int | None = Field(100, ge=1)
+    """Steps between two checkpoints that an interrupted training goes on from, of which the newest is kept; with `null`
+    a killed training starts over, and only a signal saves."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -206,8 +207,9 @@ class TrainRm(Section):
     centering: float = Field(0.01, ge=0)
     """Weight in the loss of the squared sum of the two rewards of a vote, as TRL's `center_rewards_coefficient`: keeps
     rewards near zero. Without effect on `pairwise`."""
-    checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints that an interrupted training goes on from; none when left out."""
+    checkpoint_every: int | None = Field(100, ge=1)
+    """Steps between two checkpoints that an interrupted training goes on from, of which the newest is kept; with `null`
+    a killed training starts over, and only a signal saves."""
     stop_early: StopEarly | None = None
     """Needs `heldout`."""
 

@@ -17,7 +17,7 @@ from rlhf_cli.recipe.keys import all_paths, section_at
 from rlhf_cli.recipe.load import LoadedRecipe, load_recipe
 from rlhf_cli.recipe.reference import meanings
 from rlhf_cli.recipe.resolved import resolved_yaml
-from rlhf_cli.recipe.schema import Eval, Recipe
+from rlhf_cli.recipe.schema import Eval, Recipe, Sft, TrainRm
 
 
 @pytest.fixture(autouse=True)
@@ -562,3 +562,33 @@ def test_the_schema_documents_every_key() -> None:
         section = section_at(path[:-1])
         assert section is not None
         assert path[-1] in meanings(section) or (len(path) == 1 and section is Recipe), path
+
+
+def test_a_killed_supervised_stage_has_checkpoints_to_go_on_from_unless_they_are_refused() -> None:
+    plain = {"dataset": "rows.jsonl"}
+    assert Sft.model_validate(plain).checkpoint_every == TrainRm.model_validate(plain).checkpoint_every == 100
+    assert Sft.model_validate({**plain, "checkpoint_every": None}).checkpoint_every is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "flow.service=https://u:hunter2@flow.example",
+        "flow.service=https://u:hunter2@" + "long" * 20,
+        "flow.service=https://u:hunter2" + "long" * 20 + "@flow.example",
+        "flow.servise=https://u:hunter2@flow.example",
+        "seed=https://u:hunter2@flow.example",
+        "sft.dataset=https://u:hunter2@flow.example",
+        "https://u:hunter2@flow.example",
+    ],
+)
+def test_a_secret_in_an_address_is_never_shown(override: str) -> None:
+    with pytest.raises((RecipeError, UsageError)) as caught:
+        load(RECIPE, override)
+    assert "hunter2" not in str(caught.value)
+    assert "https://...@" in str(caught.value)
+
+
+def test_a_secret_in_an_address_of_the_file_is_never_shown() -> None:
+    found = problems(changed("service: embedded", "service: https://u:hunter2@flow.example"))
+    assert "hunter2" not in "\n".join(found)
