@@ -72,6 +72,8 @@ def _top(record: Record) -> str:
 def _verdict(record: Record) -> str:
     results = record.results
     sentences = [_win_rate(results), _reward(results)]
+    if not any(sentences) and not record.state.steps:
+        sentences = [_sft(record), _reward_model(record)]
     if not any(sentences):
         sentences = ["Not evaluated yet: <code>rlhf eval</code> compares the trained policy with the SFT model."]
     text = "".join(f"<p>{sentence}</p>" for sentence in sentences if sentence)
@@ -90,6 +92,25 @@ def _verdict(record: Record) -> str:
         small.append(f"Reward: {esc(results['reward_source'])}.")
     note = f'<p class="soft">{" ".join(small)}</p>' if small else ""
     return f'<section class="card verdict">{text}{bar}{note}</section>{_tiles(record)}{_gates(results)}'
+
+
+def _sft(record: Record) -> str:
+    """What became of the loss, for a run that is no more than a supervised one."""
+    finished = record.state.stages.get("sft")
+    if finished is None:
+        return ""
+    loss = known(finished.summary, "heldout_loss_before", "heldout_loss")
+    if loss is None:
+        return "Supervised fine-tuning is done. Nothing was held out, so nothing says what the model gained."
+    return f"Supervised fine-tuning is done: held-out loss from {loss[0]:.3f} to <b>{loss[1]:.3f}</b> nats per token."
+
+
+def _reward_model(record: Record) -> str:
+    if "train-rm" not in record.state.stages:
+        return ""
+    if not record.honesty:
+        return "A reward model is trained. Nothing was held out, so nothing says how far to trust it."
+    return f"A reward model is trained. {esc(' '.join(record.honesty['words'][:1]))}"
 
 
 def _win_rate(results: dict[str, Any]) -> str:

@@ -12,10 +12,12 @@ import pytest
 from synthetic_run import RECIPE, make_run
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.journal.events import RunStopped, StageStarted, StepTrained
+from rlhf_cli.journal.events import RunStarted, RunStopped, StageFinished, StageStarted, StepTrained
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.metrics import METRICS, MetricsWriter, read_metrics
 from rlhf_cli.journal.replay import replay
+from rlhf_cli.journal.run_dir import RunDir
+from rlhf_cli.recipe.fingerprint import Stage
 from rlhf_cli.report.build import build_report
 from rlhf_cli.report.plots import CHARTS, smooth
 
@@ -204,6 +206,28 @@ def test_an_empty_folder_has_a_report_that_says_what_is_missing(tmp_path: Path) 
 
     for said in ("a run that has not begun", "Not evaluated yet", "No step has been trained yet", "No recipe.yaml yet"):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "summary", "said"),
+    [
+        ("sft", {"heldout_loss_before": 3.5, "heldout_loss": 1.25}, "held-out loss from 3.500 to 1.250 nats per token"),
+        ("sft", {"loss": 1.25}, "Nothing was held out"),
+        ("train-rm", {"loss": 0.5}, "nothing says how far to trust it"),
+    ],
+)
+def test_a_run_that_only_supervises_is_not_told_to_evaluate(
+    tmp_path: Path, stage: Stage, summary: dict[str, float | str | None], said: str
+) -> None:
+    run = RunDir(tmp_path).create()
+    with Journal.open(run.journal) as journal:
+        journal.append(RunStarted(run_id="r", name="n", seed=1, version="0"))
+        journal.append(StageStarted(stage=stage, fingerprint="f"))
+        journal.append(StageFinished(stage=stage, fingerprint="f", seconds=1.0, summary=summary))
+    text = Page(report(tmp_path)).text
+
+    assert said in text
+    assert "Not evaluated yet" not in text
 
 
 def test_a_killed_run_has_a_report(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from test_report import PAYLOADS, Page, report
 
 from rlhf_cli.evaluation.honesty import Judged, honesty_report
 from rlhf_cli.evaluation.verdict import read_report, rows
+from rlhf_cli.journal.events import RunStarted, StageFinished, StageStarted
+from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.votes import VotedGroup
 
@@ -25,7 +27,7 @@ def judged(name: str = "source") -> dict[str, Any]:
 
 def put(folder: Path, text: str) -> Path:
     path = RunDir(folder).train_rm_report
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return folder
 
@@ -46,6 +48,17 @@ def test_words_warnings_figures_and_both_plots_are_on_the_page(tmp_path: Path) -
             assert f"{b['said']:.1%}{b['was']['value']:.1%}{b['was']['low']:.1%} to {b['was']['high']:.1%}" in page.text
     assert len(page.ids) == len(set(page.ids))
     assert not page.open
+
+
+def test_a_run_with_no_more_than_a_reward_model_opens_with_how_good_it_is(tmp_path: Path) -> None:
+    made = judged()
+    with Journal.open(RunDir(tmp_path).create().journal) as journal:
+        journal.append(RunStarted(run_id="r", name="n", seed=1, version="0"))
+        journal.append(StageStarted(stage="train-rm", fingerprint="f"))
+        journal.append(StageFinished(stage="train-rm", fingerprint="f", seconds=1.0, summary={}))
+    text = Page(report(put(tmp_path, json.dumps(made)))).text
+    assert f"A reward model is trained. {made['words'][0]}" in text
+    assert "Not evaluated yet" not in text
 
 
 def test_only_the_largest_sources_are_listed(tmp_path: Path) -> None:
