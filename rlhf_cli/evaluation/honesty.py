@@ -35,7 +35,7 @@ class Judged:
     tokens: Sequence[Sequence[int]] | None = None
     """Lengths of the completions in tokens, where they are known."""
     truncated: int | None = None
-    """Completions that did not fit into `max_length`."""
+    """Completions that did not fit into `max_length` with their prompt, or with another completion."""
     consistency: float | None = None
     """Of a pairwise model: share of pairs on which its two orders agree."""
 

@@ -192,9 +192,9 @@ def train_reward_model(
         checkpoint: What to go on from.
 
     Returns:
-        `loss` in training; `accuracy` on some of the training votes; `steps`; `truncated` texts; with held-out groups
-        `heldout_loss`, `heldout_accuracy` and `heldout_truncated`; `order_consistency` of a pairwise model (on held-out
-        pairs where there are any).
+        `loss` in training; `accuracy` on some of the training votes; `steps`; `truncated`, the groups (of a pairwise
+        model, the pairs) with a text that was cut; with held-out groups `heldout_loss`, `heldout_accuracy` and
+        `heldout_truncated`; `order_consistency` of a pairwise model (on held-out pairs where there are any).
     """
     section = recipe.train_rm
     assert section is not None

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Literal
 
@@ -158,6 +158,10 @@ class RewardModel(Reader):
             done.append((mine.mean(1), mine.std(1, ddof=1) if mine.shape[1] > 1 else None))
         return done
 
+    def cuts(self, prompt: Sequence[Message], completions: Sequence[str]) -> int:
+        """How many of the completions do not fit, together with their prompt, into `max_length`."""
+        return sum(encode_answer(self.tokenizer, prompt, c, self.max_length).cut > 0 for c in completions)
+
     def score(self, prompt: Sequence[Message], completions: Sequence[str]) -> list[float]:
         """One reward per completion."""
         return [float(x) for x in self.score_all([(prompt, completions)])[0][0]]
@@ -184,6 +188,15 @@ class PairwiseModel(Reader):
                 for i, j in permutations(range(len(logits)), 2):
                     logits[i, j] = next(numbers)[0]
         return done
+
+    def cuts(self, prompt: Sequence[Message], completions: Sequence[str]) -> int:
+        """How many of the completions are in a comparison that does not fit into `max_length`."""
+        cut = [
+            pair
+            for pair in combinations(range(len(completions)), 2)
+            if encode_comparison(self.tokenizer, prompt, *(completions[k] for k in pair), self.max_length).cut
+        ]
+        return len({k for pair in cut for k in pair})
 
     def logits(self, texts: Sequence[Text]) -> list[Array]:
         """For each prompt the log-odds that i is better than j, averaged over both orders of reading."""

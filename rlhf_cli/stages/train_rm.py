@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.evaluation.honesty import Judged, honesty_report
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.observe import Observer
@@ -86,7 +86,7 @@ def run(
         _note_truncated(session, figures, len(groups))
         if heldout:
             session.progress("held-out votes", 0, 1)
-            figures |= _judge(session, scratch / "model", heldout, int(figures["heldout_truncated"]))
+            figures |= _judge(session, scratch / "model", heldout)
             session.progress("held-out votes", 1, 1)
         else:
             run.train_rm_report.unlink(missing_ok=True)
@@ -110,13 +110,17 @@ def _votes(section: TrainRm, seed: int) -> tuple[list[VotedGroup], list[VotedGro
         share = section.heldout if isinstance(section.heldout, float) else 0.0
         for group in read_run_votes(section.votes):
             (heldout if is_held_out(group.key, share) else groups).append(group)
+        if share and not heldout:
+            raise DataError(f"train_rm.heldout: a share of {share:g} leaves no group to measure on; make it larger")
+        if not groups:
+            raise DataError("no group is left to train on; make train_rm.heldout smaller")
     return groups, heldout
 
 
-def _judge(session: Session, folder: Path, heldout: Sequence[VotedGroup], truncated: int) -> Result:
+def _judge(session: Session, folder: Path, heldout: Sequence[VotedGroup]) -> Result:
     """Write what held-out votes say of the model, and into the model the temperature that they ask for."""
     model = open_reward_model(str(folder))
-    report = honesty_report(judged(model, heldout, truncated))
+    report = honesty_report(judged(model, heldout))
     write_about(folder, replace(model.about, temperature=report["temperature"]["value"]))
     write_atomic(session.run.train_rm_report, json.dumps(report, indent=2).encode() + b"\n")
     for text in report["warnings"]:
@@ -124,14 +128,19 @@ def _judge(session: Session, folder: Path, heldout: Sequence[VotedGroup], trunca
     return {"temperature": report["temperature"]["value"]}
 
 
-def judged(model: RewardModel | PairwiseModel, heldout: Sequence[VotedGroup], truncated: int | None = None) -> Judged:
+def judged(model: RewardModel | PairwiseModel, heldout: Sequence[VotedGroup]) -> Judged:
     """What a reward model says of groups that people voted on."""
     texts = [(group.prompt, group.completions) for group in heldout]
+    tokens = [
+        [len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in group.completions]
+        for group in heldout
+    ]
+    cut = sum(model.cuts(*text) for text in texts)
     if isinstance(model, PairwiseModel):
         one_way = model.one_way(texts)
         both = [(logits - logits.T) / 2 for logits in one_way]
-        return Judged(heldout, both, truncated=truncated, consistency=order_consistency(one_way))
-    return Judged(heldout, [rewards for rewards, _ in model.score_all(texts)], truncated=truncated)
+        return Judged(heldout, both, tokens, cut, order_consistency(one_way))
+    return Judged(heldout, [rewards for rewards, _ in model.score_all(texts)], tokens, cut)
 
 
 def _note_truncated(session: Session, figures: Result, groups: int) -> None:

@@ -25,6 +25,7 @@ from rlhf_cli.policy.encoding import Encoded, encode_answer, encode_comparison
 from rlhf_cli.policy.load import load_tokenizer, own_pad, train_only_last_layers
 from rlhf_cli.policy.scoring import PairwiseModel, RewardModel, load_reward_model, open_reward_model
 from rlhf_cli.recipe.votes import VotedGroup
+from rlhf_cli.stages.train_rm import judged
 from rlhf_cli.types import Message, WinMatrix
 
 TEXTS = ("la la la la", "xq zt", "la la", "zt")
@@ -288,6 +289,21 @@ def test_texts_that_do_not_fit_are_counted(recipe: MakeRecipe, tiny: str, tmp_pa
     plan = recipe(train_rm=section)
     figures = train_reward_model(tiny, plan, [*GROUPS, long], [long, OTHER], tmp_path, lambda *_: None)
     assert (figures["truncated"], figures["heldout_truncated"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("bradley_terry", 1), ("pairwise", 3)])
+def test_the_report_counts_completions_that_did_not_fit_and_knows_lengths_in_tokens(
+    recipe: MakeRecipe, tiny: str, tmp_path: Path, kind: str, cut: int
+) -> None:
+    learn(recipe, tiny, tmp_path, kind=kind, max_steps=1, max_length=150)
+    model = open_reward_model(str(tmp_path / "model"))
+    long = group([[0, 1, 1], [0, 0, 1], [0, 0, 0]], ("la " * 200, "xq", "zt"))
+    fits = group([[0, 1], [0, 0]], ("la", "xq"))
+    found = judged(model, [long, fits])
+    assert found.truncated == cut
+    assert found.tokens is not None
+    assert [len(row) for row in found.tokens] == [3, 2]
+    assert found.tokens[0][0] >= 100 > max(found.tokens[0][1:])
 
 
 def test_an_early_stop_keeps_the_weights_that_were_best_on_held_out_votes(
