@@ -46,6 +46,9 @@ def run(
     section = loaded.recipe.train_rm
     if section is None:
         raise UsageError(f"{loaded.path} has no section `train_rm`; there is nothing to do for `rlhf train-rm`")
+    if section.votes is not None and section.votes.resolve() == path.resolve():
+        # Its journal grows with every start, so what was done could never be told from what is to be done.
+        raise UsageError(f"train_rm.votes is the folder of this run itself, {path}; give another one with --run-dir")
     with open_session("train-rm", loaded, path, observers) as session, StopRequest().listening() as stop:
         if not fresh and (done := session.done(session.run.train_rm_model)):
             return done

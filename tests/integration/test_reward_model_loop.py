@@ -87,6 +87,14 @@ def test_a_share_of_votes_that_leaves_nothing_is_refused_before_training(
     refused(rlhf("train-rm", file, "--run-dir", tmp_path / "run"), 3, said)
 
 
+def test_a_run_is_not_asked_to_learn_from_the_journal_that_it_is_writing(tmp_path: Path, tiny_encoder: str) -> None:
+    votes = voted_run(tmp_path / "earlier")
+    before = RunDir(votes).journal.read_bytes()
+    file = recipe(tmp_path, model={"path": tiny_encoder}, train_rm={"votes": str(votes), "max_steps": 2})
+    refused(rlhf("train-rm", file, "--run-dir", votes), 2, "this run itself", "--run-dir")
+    assert RunDir(votes).journal.read_bytes() == before
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
