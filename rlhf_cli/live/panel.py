@@ -16,6 +16,9 @@ from rlhf_cli.text import one_line
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _PARTS = {"generate": "cyan", "reference": "blue", "wait": "yellow", "train": "green", "sync": "magenta"}
 _LABEL = 8
+_SUPERVISED = ("sft", "train-rm")
+_TRAINS = (*_SUPERVISED, "run-online")
+"""Stages that count steps."""
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Seen:
     reward: dict[int, float] = field(default_factory=dict)
     kl: dict[int, float] = field(default_factory=dict)
     loss: dict[int, float] = field(default_factory=dict)
-    """Of the supervised stage."""
+    """Of the supervised stage that runs."""
     ranked: list[float] = field(default_factory=list)
     """Votes of each group ranked since the last step."""
 
@@ -39,7 +42,9 @@ class Seen:
         match event:
             case StageStarted():
                 self.stage = event.stage
-                self.step = 0
+                if event.stage in _TRAINS:
+                    self.step = 0
+                    self.loss.clear()
             case StageFinished():
                 self.stage = ""
             case FlowOpened():
@@ -62,6 +67,7 @@ class Seen:
             ("reward/mean", self.reward),
             ("kl/sequence_nats", self.kl),
             ("sft/loss", self.loss),
+            ("train_rm/loss", self.loss),
         ):
             if math.isfinite(row.get(name, math.nan)):
                 series[step] = row[name]
@@ -77,7 +83,7 @@ def panel(seen: Seen, width: int) -> list[Text]:
         lines.append(
             _row("service", (f"unreachable for {seen.now['flow/unreachable_s']:.0f} s, asking again", "yellow"))
         )
-    if seen.stage == "sft":
+    if seen.stage in _SUPERVISED:
         lines += _supervised(seen, width)
     elif "run/steps_total" in seen.now or seen.step:
         lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_pace(seen, width)]
@@ -125,7 +131,13 @@ def _supervised(seen: Seen, width: int) -> list[Text]:
     if not values:
         return []
     now = seen.now
-    facts = _facts(now, ("sft/heldout_loss", "held out {:.3f}"), ("sft/tokens_per_s", "{:,.0f} tokens/s"))
+    section = seen.stage.replace("-", "_")
+    facts = _facts(
+        now,
+        (f"{section}/heldout_loss", "held out {:.3f}"),
+        (f"{section}/accuracy", "accuracy {:.1%}"),
+        ("sft/tokens_per_s", "{:,.0f} tokens/s") if section == "sft" else (f"{section}/step_s", "{:.1f} s a step"),
+    )
     return [_row("loss", (sparkline(values, width // 4), "green"), (f"  {values[-1]:.3f} nats", "bold"), f"  {facts}")]
 
 

@@ -237,6 +237,35 @@ def test_before_the_first_step_only_the_head_is_there() -> None:
     assert len(panel(Seen("title"), 80)) == 1
 
 
+def test_supervised_stages_show_their_own_loss_and_eval_leaves_the_steps_of_the_run() -> None:
+    seen = Seen("demo")
+
+    def picture() -> str:
+        return "\n".join(line.plain for line in panel(seen, 120))
+
+    seen.event(StageStarted(stage="sft", fingerprint="f"))
+    seen.metrics(9, {"sft/loss": 2.5, "sft/tokens_per_s": 1500.0})
+    assert "2.500 nats" in picture()
+    assert "1,500 tokens/s" in picture()
+    seen.event(StageStarted(stage="train-rm", fingerprint="f"))
+    assert "2.500" not in picture()
+    seen.metrics(3, {"train_rm/loss": 0.61, "train_rm/accuracy": 0.75})
+    assert "0.610 nats  accuracy 75.0%" in picture()
+    assert "step 3" in picture()
+    seen.event(StageStarted(stage="run-online", fingerprint="f"))
+    seen.status({"run/steps_total": 8.0})
+    assert "step 0/8" in picture()
+    seen.metrics(8, ROW)
+    seen.event(StageStarted(stage="eval", fingerprint="f"))
+    assert "eval  step 8/8" in picture()
+
+
+def test_plain_mode_says_how_the_reward_model_is_doing() -> None:
+    out = io.StringIO()
+    PlainLines(out).on_metrics(3, {"train_rm/loss": 0.61, "train_rm/accuracy": 0.75, "train_rm/step_s": 1.04})
+    assert out.getvalue() == "step=3 loss=0.6100 accuracy=0.750 step_s=1.0\n"
+
+
 def test_votes_of_a_trained_step_no_longer_count_for_the_next() -> None:
     seen = seen_run()
     seen.event(StepTrained(step=4, group_ids=()))
