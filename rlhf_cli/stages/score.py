@@ -61,8 +61,13 @@ def run(name: str, file: Path, output: Path | None, out: TextIO, on_progress: On
         # What can be kept comes first; then only whole lines are added to it.
         ready = next((n for n, row in enumerate(rows) if _key(row.row) not in known), len(rows))
         write_atomic(output, b"".join(known[_key(row.row)] for row in rows[:ready]))
-        with output.open("ab", buffering=0) as sink:
-            _score(model, rows, ready, known, sink.write, on_progress)
+        with output.open("ab") as sink:
+
+            def append(lines: bytes) -> None:
+                sink.write(lines)
+                sink.flush()  # all of it, or an error: without a buffer, a full disk would take a part in silence
+
+            _score(model, rows, ready, known, append, on_progress)
     else:
         _score(model, rows, 0, known, lambda lines: out.write(lines.decode()), on_progress)
     return {"rows": len(rows), "kept": kept, "scored": len(rows) - kept, "output": str(output) if output else None}
