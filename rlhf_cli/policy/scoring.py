@@ -192,9 +192,9 @@ class PairwiseModel(Reader):
     def cuts(self, prompt: Sequence[Message], completions: Sequence[str]) -> int:
         """How many of the completions are in a comparison that does not fit into `max_length`."""
         cut = [
-            pair
-            for pair in combinations(range(len(completions)), 2)
-            if encode_comparison(self.tokenizer, prompt, *(completions[k] for k in pair), self.max_length).cut
+            (i, j)
+            for i, j in combinations(range(len(completions)), 2)
+            if encode_comparison(self.tokenizer, prompt, completions[i], completions[j], self.max_length).cut
         ]
         return len({k for pair in cut for k in pair})
 
