@@ -52,8 +52,9 @@ def test_an_owner_signs_in_with_a_secret_and_out_again(site: Site) -> None:
     page.wait_for_selector(BOARD)
     assert secret not in page.url
     page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_text("Signed out")).to_be_visible()
     page.reload()
-    page.wait_for_selector(SIGNED_OUT)
+    expect(page.get_by_text("Not signed in")).to_be_visible()
 
 
 def test_a_rater_sees_no_results(site: Site) -> None:
