@@ -128,6 +128,8 @@ def fit(wins: Floats, tau: float = TAU) -> tuple[Floats, Floats]:
         precision[..., diagonal, diagonal] -= precision.sum(-1) - 1 / tau**2
         covariance = np.linalg.inv(precision)
         step = (covariance @ gradient[..., None])[..., 0]
+        # Exactly, it sums to 0; with a wide prior nothing else would hold back what rounding adds to all scores alike.
+        step = step - step.mean(-1, keepdims=True) if size else step
         # Far from the mode the curvature vanishes and a full step would jump past it.
         longest = np.abs(step).max(-1, keepdims=True, initial=0)
         scores = scores + step * (_LONGEST_STEP / np.maximum(longest, _LONGEST_STEP))

@@ -181,6 +181,16 @@ def test_a_batch_is_its_groups_one_by_one() -> None:
         assert covariance_BGG[b] == pytest.approx(covariance_GG, abs=1e-6)
 
 
+def test_a_wide_prior_settles_although_nothing_holds_the_mean_of_the_scores() -> None:
+    wins = np.full((7, 7), 10.5)
+    np.fill_diagonal(wins, 0)
+    wins[0, 5], wins[5, 3] = 1, 5
+    scores_G, _ = fit(wins, tau=1e4)
+    assert scores_G.sum() == pytest.approx(0, abs=1e-9)
+    expected = (wins + wins.T) / (1 + np.exp(scores_G[None, :] - scores_G[:, None]))
+    assert wins.sum(1) == pytest.approx(expected.sum(1), abs=1e-6)  # the mode: votes won are votes expected
+
+
 @given(win_matrices(least=1))
 @settings(deadline=None, max_examples=50)
 def test_on_well_connected_votes_the_scores_are_those_of_an_independent_library(wins: Floats) -> None:
