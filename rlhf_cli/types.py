@@ -142,6 +142,3 @@ class Feedback(Protocol):
 
     def status(self) -> dict[str, float]:
         """Metrics of the asking as it stands: `flow/in_flight`, `flow/votes_total`, `flow/latency_p50_s`, ..."""
-
-    def close(self) -> None:
-        """Stop asking; items that people still vote on stay open and are picked up by a later resume."""

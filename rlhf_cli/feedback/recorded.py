@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.journal.events import Event, GroupSampled, GroupSetAside
+from rlhf_cli.feedback.at_once import AnswersAtOnce
+from rlhf_cli.journal.events import Event, GroupSampled
 from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.replay import GroupState, RunState, replay
-from rlhf_cli.types import Group, RankedGroup, Unranked
+from rlhf_cli.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +85,15 @@ class Recording:
         return tuple(batches)
 
 
-class RecordedFeedback:
-    """`Feedback` that answers at once with what the recording says about the same prompt and the same completions.
+class RecordedFeedback(AnswersAtOnce):
+    """Answers with what the recording says about the same prompt and the same completions.
 
     A group that is not in the recording is set aside with the reason; nothing stands in for its votes.
     """
 
     def __init__(self, recording: Recording, journal: Callable[[Event], object]) -> None:
-        self._run_id, self._groups, self._journal = recording.state.run_id, recording.groups, journal
-        self._decided: list[RankedGroup | Unranked] = []
+        super().__init__(journal)
+        self._run_id, self._groups = recording.state.run_id, recording.groups
 
     def submit(self, group: Group) -> None:
         recorded = self._groups.get(group.index)
@@ -103,30 +104,9 @@ class RecordedFeedback:
             self._set_aside(group, f"set aside in the recording: {recorded.set_aside}")
         elif (ranked := recorded.ranked) is not None:
             source = f"recorded:{self._run_id}/{ranked.source}"
-            self._journal(ranked.model_copy(update={"group_id": group.id, "source": source}))
-            again = RankedGroup(group, ranked.matrix(), source, ranked.latency_s, ranked.complete)
-            self._decided.append(again)
+            self._rank(group, ranked.model_copy(update={"group_id": group.id, "source": source}))
         else:
             self._set_aside(group, "the recording ends before this group was decided")
-
-    def resume(self, open_groups: Iterable[GroupState]) -> None:
-        """Answer groups that an earlier process was about to answer."""
-        for state in open_groups:
-            self.submit(state.sampled.group())
-
-    def collect(self) -> list[RankedGroup | Unranked]:
-        decided, self._decided = self._decided, []
-        return decided
-
-    def status(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-    def _set_aside(self, group: Group, reason: str) -> None:
-        self._journal(GroupSetAside(group_id=group.id, reason=reason))
-        self._decided.append(Unranked(group, reason))
 
 
 def _difference(group: Group, sampled: GroupSampled) -> str | None:

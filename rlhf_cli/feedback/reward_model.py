@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_cli.journal.events import GroupRanked, GroupSetAside
-from rlhf_cli.journal.journal import Journal
-from rlhf_cli.journal.replay import GroupState
+from rlhf_cli.feedback.at_once import AnswersAtOnce
+from rlhf_cli.journal.events import Event, GroupRanked
 from rlhf_cli.policy.scoring import PairwiseModel, RewardModel
-from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
+from rlhf_cli.types import Group
 
 
-class RewardModelFeedback:
-    """Answers at once; one expected vote per pair, split by the probability that the model gives to either side."""
+class RewardModelFeedback(AnswersAtOnce):
+    """One expected vote per pair, split by the probability that the model gives to either side."""
 
-    def __init__(self, model: RewardModel | PairwiseModel, journal: Journal) -> None:
-        self.model, self.journal = model, journal
-        self._decided: list[RankedGroup | Unranked] = []
+    def __init__(self, model: RewardModel | PairwiseModel, journal: Callable[[Event], object]) -> None:
+        super().__init__(journal)
+        self.model = model
 
     def submit(self, group: Group) -> None:
         wins_GG = self.model.probability(group.prompt.messages, [c.text for c in group.completions])
         if not np.isfinite(wins_GG).all():
-            reason = "the reward model gave a score that is not a number"
-            self.journal.append(GroupSetAside(group_id=group.id, reason=reason))
-            self._decided.append(Unranked(group, reason))
+            self._set_aside(group, "the reward model gave a score that is not a number")
             return
         np.fill_diagonal(wins_GG, 0)
-        ranked = RankedGroup(group, WinMatrix(wins_GG), source="reward_model:train_rm", latency_s=0.0, complete=True)
-        wins = tuple(tuple(row) for row in ranked.wins.wins.tolist())
-        self.journal.append(
-            GroupRanked(group_id=group.id, source=ranked.source, wins=wins, latency_s=0.0, complete=True)
-        )
-        self._decided.append(ranked)
-
-    def resume(self, open_groups: Iterable[GroupState]) -> None:
-        """Answer groups that an earlier process was about to answer."""
-        for state in open_groups:
-            self.submit(state.sampled.group())
-
-    def collect(self) -> list[RankedGroup | Unranked]:
-        decided, self._decided = self._decided, []
-        return decided
-
-    def status(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        pass
+        wins = tuple(tuple(row) for row in wins_GG.tolist())
+        source = "reward_model:train_rm"
+        self._rank(group, GroupRanked(group_id=group.id, source=source, wins=wins, latency_s=0.0, complete=True))

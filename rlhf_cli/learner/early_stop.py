@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf_cli.errors import Diverged
 from rlhf_cli.recipe.schema import StopEarly
 
 BEST = "best.safetensors"
@@ -40,7 +42,10 @@ class EarlyStop(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step % self.section.every and state.global_step < state.max_steps:
             return
-        self.looks.append((state.global_step, self.heldout_loss()))
+        loss = self.heldout_loss()
+        if not math.isfinite(loss):  # nothing is ever lower than NaN: it would stay the best
+            raise Diverged(f"the held-out loss after step {state.global_step} is {loss}; lower the learning rate")
+        self.looks.append((state.global_step, loss))
         self.model.train()
         if self.best_step == state.global_step:
             self._best = {name: weight.detach().clone() for name, weight in self._trained()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
@@ -106,7 +107,7 @@ def open_reward_model(path: str) -> RewardModel | PairwiseModel:
     return RewardModel(model, tokenizer, about)
 
 
-class Reader:
+class Reader(ABC):
     """What both kinds share: a model that turns encoded texts into numbers."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, about: About) -> None:
@@ -135,8 +136,9 @@ class Reader:
         """Probabilities for what `logits` gave."""
         return 0.5 + 0.5 * np.tanh(0.5 * logits / self.about.temperature)  # logistic, without overflow
 
+    @abstractmethod
     def logits(self, texts: Sequence[Text]) -> list[Array]:
-        raise NotImplementedError
+        """For each prompt the log-odds at temperature 1 that i is better than j, antisymmetric."""
 
     def probability(self, prompt: Sequence[Message], completions: Sequence[str]) -> Array:
         """`probabilities` of one prompt, shape (G, G)."""

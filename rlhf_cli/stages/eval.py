@@ -173,7 +173,7 @@ def _judge(
     recipe = session.recipe
     assert recipe.eval is not None
     if recipe.eval.judge == "reward_model":
-        yield RewardModelFeedback(reward_model(session), journal)
+        yield RewardModelFeedback(reward_model(session), journal.append)
         return
     assert recipe.flow is not None
     if recipe.flow.recording is not None:

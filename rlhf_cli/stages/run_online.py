@@ -211,7 +211,7 @@ def _feedback(session: Session, state: RunState, recording: Recording | None) ->
     recipe, online = session.recipe, session.recipe.run_online
     assert online is not None
     if online.feedback == "reward_model":
-        by_model = RewardModelFeedback(reward_model(session), session.journal)
+        by_model = RewardModelFeedback(reward_model(session), session.journal.append)
         by_model.resume(state.open_groups)
         yield by_model
         return

@@ -38,7 +38,7 @@ def disk() -> Disk:
 
 @pytest.fixture
 def feedback(disk: Disk) -> RewardModelFeedback:
-    return RewardModelFeedback(Scorer(), disk)  # type: ignore[arg-type]
+    return RewardModelFeedback(Scorer(), disk.append)  # type: ignore[arg-type]
 
 
 def test_every_pair_is_one_vote_split_by_bradley_terry(feedback: RewardModelFeedback, disk: Disk) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_world import MakeRecipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_cli.errors import DataError, Diverged
 from rlhf_cli.learner.checkpoints import Checkpoints, newest
+from rlhf_cli.learner.early_stop import EarlyStop
 from rlhf_cli.learner.sft import IGNORED, SftResult, encode_rows, train_sft
 from rlhf_cli.policy.load import load_tokenizer
-from rlhf_cli.recipe.schema import Recipe, Sft
+from rlhf_cli.recipe.schema import Recipe, Sft, StopEarly
 from rlhf_cli.types import Message
 
 WORDS = ["river", "the sea", "light", "a very long way to go", "hello", "blue", "why", "water that flows"]
@@ -193,3 +194,11 @@ def test_only_whole_checkpoints_of_the_same_inputs_are_found(tmp_path: Path) -> 
     assert found is not None
     assert (found.step, found.path.name) == (12, "step-000012")
     assert newest(tmp_path, "c") is None
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best() -> None:
+    state, control = TrainerState(global_step=1, max_steps=9), TrainerControl()
+    stop = EarlyStop(StopEarly(every=1, patience=2), torch.nn.Linear(1, 1), lambda: float("nan"))
+    with pytest.raises(Diverged, match="held-out loss after step 1 is nan"):
+        stop.on_step_end(TrainingArguments(use_cpu=True), state, control)
+    assert not stop.looks
