@@ -249,9 +249,6 @@ def panel(latency_s: float, journal: Any) -> Iterator[Any]:
         def status(self) -> dict[str, float]:
             return {"flow/in_flight": float(len(self.asked))}
 
-        def close(self) -> None:
-            pass
-
     yield Panel()
 
 

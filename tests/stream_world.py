@@ -129,9 +129,6 @@ class People:
     def status(self) -> dict[str, float]:
         return {"flow/votes_total": self.votes, "flow/in_flight": float(len(self.waiting))}
 
-    def close(self) -> None:
-        pass
-
 
 def stream(recipe: Recipe, disk: Disk, people: People, **given: Any) -> Stream:
     """A stream as run-online makes it from what is on disk; groups without an outcome are asked about again."""

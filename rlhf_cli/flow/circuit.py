@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Literal, TypeVar
 
 OPENS_AFTER = 3
@@ -102,11 +103,9 @@ class Circuit:
 
     async def _closes_by_itself(self) -> bool:
         """Wait until the next probe is due; True if a call that was under way is answered before."""
-        try:
+        with suppress(TimeoutError):  # then the probe is due
             async with asyncio.timeout_at(self._not_before):
                 await self._closed.wait()
-        except TimeoutError:
-            pass
         return self._closed.is_set()
 
     async def _probe(self, send: Callable[[], Awaitable[Answer]]) -> Answer:

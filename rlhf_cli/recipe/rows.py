@@ -62,7 +62,7 @@ def text_of(value: object, name: str, *, empty: bool = False) -> str:
 
 
 class Wrong(Exception):
-    pass
+    """What is wrong with a row; whoever reads the file adds the place."""
 
 
 def wrong(what: str) -> NoReturn:
