@@ -99,15 +99,16 @@ class World:
         return rater_id
 
     def vote(self, count: int = 1, outcome: Outcome | None = None) -> int:
-        """Let `count` new people answer one pair each; the longer text wins. Returns how many found a pair."""
-        for done in range(count):
+        """Let `count` new people answer one pair each; the longer text wins. Returns how many votes counted."""
+        counted = 0
+        for _ in range(count):
             rater_id = self.rater()
             pair = self.store.lease(rater_id)
             if pair is None:
-                return done
+                break
             better: Outcome = "left" if len(pair.left) > len(pair.right) else "right"
-            self.store.vote(pair.id, rater_id, outcome or better)
-        return count
+            counted += self.store.vote(pair.id, rater_id, outcome or better)  # False: the item was stopped meanwhile
+        return counted
 
     def item_ids(self) -> list[str]:
         _, flows = self.store.flows("", 0, 100, newest_first=False)
