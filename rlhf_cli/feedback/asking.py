@@ -169,9 +169,9 @@ class Asking:
     async def _last_look(self) -> None:
         try:
             async with asyncio.timeout(CLOSING_S):
-                await self._late.look(ahead_s=DRAIN_S)
                 if self._sold:
-                    await self._sweep()
+                    await self._sweep()  # first: votes on what it finds are looked at below
+                await self._late.look(ahead_s=DRAIN_S)
         except (TimeoutError, FlowUnavailable, FlowRefused, CredentialsError) as error:
             self._note(f"Could not look for late votes at the end: {error or 'no answer in time'}")
         self._publish()

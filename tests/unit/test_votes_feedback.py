@@ -747,6 +747,19 @@ def test_two_items_on_one_dataset_are_pooled_and_the_younger_is_stopped(
     assert sum("made 2 items" in note for note in asked.notes) <= 1
 
 
+def test_votes_on_a_double_that_only_the_last_look_finds_are_kept(world: World, clock: Clock) -> None:
+    with asking(world, PLAIN, clock=Clock()) as asked:
+        decide_one(world, asked)
+        until(lambda: not asked.feedback.status()["flow/in_flight"])
+        time.sleep(0.05)  # the sweep of the first poll is over, the next is half a minute away
+        clock.advance(0.1)
+        younger = world.store.create_item(asked.flow_id, events(asked, DatasetCreated)[0].dataset_id, "Why?", 60)
+        assert world.vote(1) == 1
+        asked.feedback.close()
+    assert [stop.item_id for stop in events(asked, ItemStopped)] == [younger]
+    assert [(late.item_id, late.matrix().votes) for late in events(asked, VotesLate)] == [(younger, 1)]
+
+
 def test_a_double_found_while_people_vote_is_stopped_and_both_items_votes_train(world: World, clock: Clock) -> None:
     ours = Clock()
     with asking(world, PLAIN, clock=ours) as asked:
