@@ -31,7 +31,8 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DpoCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
-from rlhf_cli.learner.dpo import Batch, GroupDPOTrainer
+from rlhf_cli.learner.batch import Batch
+from rlhf_cli.learner.dpo import GroupDPOTrainer
 from rlhf_cli.learner.groups import Example
 from rlhf_cli.learner.reward import VotesTrainer, head_scores
 from rlhf_cli.policy.encoding import Encoded

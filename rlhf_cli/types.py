@@ -42,6 +42,8 @@ class Completion:
     logps: tuple[float, ...]
     ref_logps: tuple[float, ...]
     ended: bool
+    role: str = ""
+    """The name of the role that sampled it; empty where a recipe names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,16 @@ class WinMatrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A span of a completion that a rater marked: characters `start` (included) to `end` (excluded) of its text."""
+
+    completion: int
+    start: int
+    end: int
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RankedGroup:
     """A group with the votes that came back for it and where they came from."""
 
@@ -112,6 +124,10 @@ class RankedGroup:
     """Seconds from asking to the answer."""
     complete: bool
     """False where the time to live ended below the minimum number of votes."""
+    scores: tuple[float, ...] | None = None
+    """One per completion, where the source gives scores of its own; else they follow from the ranking of the votes."""
+    segments: tuple[Segment, ...] = ()
+    """What raters marked."""
 
     @property
     def votes_paid(self) -> float:

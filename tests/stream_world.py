@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_cli.journal.events import Event, GroupRanked, GroupSampled, GroupSetAside, StepTrained
 from rlhf_cli.journal.journal import Entry
 from rlhf_cli.journal.replay import RunState, replay
-from rlhf_cli.learner.dpo import Batch
+from rlhf_cli.learner.batch import Batch
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.online.stream import Stream
 from rlhf_cli.policy.policy import Stopwatch

@@ -437,13 +437,12 @@ class Asking:
         source, latency_s = f"item:{asked.names()}", asked.waited_s + self._clock() - asked.since
         wins = asked.shown.over_all(asked.votes())
         rows = asked.shown.rows(asked.votes())
-        self._journal(
-            GroupRanked(group_id=asked.group.id, source=source, wins=rows, latency_s=latency_s, complete=complete)
-        )
+        event = GroupRanked(group_id=asked.group.id, source=source, wins=rows, latency_s=latency_s, complete=complete)
+        self._journal(event)
         if any(item.decided_early for item in asked.items):
             self._figures.saved += max(0.0, self._spec.responses.desired - wins.votes)
         self._figures.waited(latency_s)
-        return RankedGroup(asked.group, wins, source, latency_s, complete)
+        return event.ranked(asked.group)
 
     def _asked_out(self, asked: Asked, *, incomplete: bool) -> None:
         del self._asked[asked.group.id]

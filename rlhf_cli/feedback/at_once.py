@@ -35,7 +35,7 @@ class AnswersAtOnce(ABC):
 
     def _rank(self, group: Group, ranked: GroupRanked) -> None:
         self._journal(ranked)
-        self._decided.append(RankedGroup(group, ranked.matrix(), ranked.source, ranked.latency_s, ranked.complete))
+        self._decided.append(ranked.ranked(group))
 
     def _set_aside(self, group: Group, reason: str) -> None:
         self._journal(GroupSetAside(group_id=group.id, reason=reason))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from rlhf_cli.types import Completion, Group, Message, Prompt, WinMatrix
+from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Segment, WinMatrix
 
 
 class _Event(BaseModel):
@@ -31,6 +31,7 @@ class CompletionRecord(_Event):
     logps: str
     ref_logps: str
     ended: bool
+    role: str = ""
 
 
 class RunStarted(_Event):
@@ -100,6 +101,7 @@ class GroupSampled(_Event):
                     logps=_pack(c.logps),
                     ref_logps=_pack(c.ref_logps),
                     ended=c.ended,
+                    role=c.role,
                 )
                 for c in group.completions
             ),
@@ -114,7 +116,7 @@ class GroupSampled(_Event):
             prompt=Prompt(self.prompt_id, tuple(Message(role, content) for role, content in self.messages)),
             prompt_ids=self.prompt_ids,
             completions=tuple(
-                Completion(c.text, c.token_ids, _unpack(c.logps), _unpack(c.ref_logps), c.ended)
+                Completion(c.text, c.token_ids, _unpack(c.logps), _unpack(c.ref_logps), c.ended, c.role)
                 for c in self.completions
             ),
             policy_step=self.policy_step,
@@ -152,6 +154,9 @@ class GroupRanked(_Event):
     wins: tuple[tuple[float, ...], ...]
     latency_s: float
     complete: bool
+    scores: tuple[float, ...] | None = None
+    segments: tuple[tuple[int, int, int, bool], ...] = ()
+    """Completion, start, end, good; see `types.Segment`."""
 
     @property
     def by_people(self) -> bool:
@@ -160,6 +165,13 @@ class GroupRanked(_Event):
 
     def matrix(self) -> WinMatrix:
         return WinMatrix(self.wins)
+
+    def ranked(self, group: Group) -> RankedGroup:
+        """`group` with what this event says about it."""
+        segments = tuple(Segment(*segment) for segment in self.segments)
+        return RankedGroup(
+            group, self.matrix(), self.source, self.latency_s, self.complete, scores=self.scores, segments=segments
+        )
 
 
 class ItemEnded(_Event):

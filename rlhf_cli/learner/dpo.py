@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,13 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_cli.errors import Diverged
+from rlhf_cli.learner.batch import Batch
 from rlhf_cli.learner.groups import by_group, stack_wins
 from rlhf_cli.learner.losses import best_worst, vote_agreement, vote_margin, win_matrix_nll
 from rlhf_cli.learner.settings import trainer_settings
 from rlhf_cli.policy.generate import completion_logps, pack
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.types import RankedGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one step learns from, and how strongly the policy is held to the reference while it does."""
-
-    groups: Sequence[RankedGroup]
-    beta: float
 
 
 class GroupDPOTrainer(DPOTrainer):

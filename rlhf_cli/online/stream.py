@@ -14,7 +14,7 @@ from rlhf_cli.journal.events import GroupSampled, GroupSetAside
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
-from rlhf_cli.learner.dpo import Batch
+from rlhf_cli.learner.batch import Batch
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
@@ -76,9 +76,7 @@ class Stream:
         self.started = clock()
         self._recorded = [state.steps[s] for s in sorted(state.steps)]
         self._ranked = {
-            g.sampled.group_id: RankedGroup(
-                g.sampled.group(), g.ranked.matrix(), g.ranked.source, g.ranked.latency_s, g.ranked.complete
-            )
+            g.sampled.group_id: g.ranked.ranked(g.sampled.group())
             for g in state.groups.values()
             if g.ranked is not None and g.set_aside is None
         }

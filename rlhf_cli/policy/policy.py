@@ -24,7 +24,8 @@ from rlhf_cli.policy.load import (
     stop_token_ids,
     train_only_last_layers,
 )
-from rlhf_cli.recipe.schema import Recipe, Sampling
+from rlhf_cli.recipe.online import Sampling
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Completion, Group, Message, Prompt
 
 

@@ -1,6 +1,7 @@
 """Every section and key of a recipe: its type, bounds, default and meaning, once; `docs/recipes.md` is made from it.
 
-Section names are command names. A section given with only its required keys is a vetted setting.
+Section names are command names. A section given with only its required keys is a vetted setting. What `run_online`
+holds is in `recipe/online.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rlhf_cli.recipe.kinds import (
     one_of,
     problem,
 )
+from rlhf_cli.recipe.online import RunOnline
 
 
 class Lora(Section):
@@ -326,127 +328,6 @@ class Flow(Section):
         if self.service not in ("embedded", "replay") and self.crowd is not None:
             raise problem(
                 f"simulated raters vote only on the embedded service, this one is {self.service}", "crowd", "service"
-            )
-        return self
-
-
-class Sampling(Section):
-    """How the policy samples a group."""
-
-    temperature: float | list[float] = 1.0
-    """One temperature, or several that the completions of a group take in turn."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with this much probability."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest completion in tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        temperatures = self.temperature if isinstance(self.temperature, list) else [self.temperature]
-        if not temperatures or not all(0 < t <= 10 for t in temperatures):
-            raise problem(
-                f"expected a number above 0 and at most 10, or a list of them, got {self.temperature}", "temperature"
-            )
-        return self
-
-
-class Dpo(Section):
-    """Online DPO: the likelihood of the votes, with beta times the log-ratio to the reference as the score."""
-
-    algorithm: Annotated[
-        Literal["dpo", "grpo", "rloo", "ppo"],
-        NotYet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo"),
-    ]
-    """How votes become a better policy."""
-    loss: Annotated[
-        Literal["sigmoid", "ipo"],
-        NotYet(one_of("ipo"), "the {value} loss is", "sigmoid"),
-    ] = "sigmoid"
-    """`sigmoid` is the Bradley-Terry likelihood."""
-    pairs: Literal["all", "best_worst"] = "all"
-    """`all` learns from every vote of a group; `best_worst` only from its best against its worst completion."""
-    beta: float = Field(0.1, gt=0)
-    """How strongly the policy is held to the reference; larger holds tighter."""
-    learning_rate: float = Field(5e-6, gt=0, lt=1)
-    """Constant learning rate."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients longer than this are shortened to it."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-
-
-Learner = Dpo  # the first member of a union on `algorithm`: Dpo | Grpo | Ppo
-
-
-class Staleness(Section):
-    """How old a vote may be."""
-
-    max_steps: int = Field(8, ge=0)
-    """A group sampled more learner steps ago than this is set aside."""
-
-
-class Kl(Section):
-    """Limits on how far the policy drifts from the reference, in nats a completion."""
-
-    soft_nats: float | None = Field(None, gt=0)
-    """Beyond this, beta is raised until the policy comes back."""
-    hard_nats: float | None = Field(None, gt=0)
-    """Beyond this, the run ends as `on_hard` says."""
-    on_hard: Annotated[
-        Literal["stop", "rollback"],
-        NotYet(one_of("rollback"), "{value} at the hard limit is", "stop"),
-    ] = "stop"
-    """`stop` ends the run with exit code 7 and keeps the last good checkpoint."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        in_order(self, "soft_nats", "hard_nats")
-        return self
-
-
-class RunOnline(Section):
-    """The loop: sample groups, ask for votes, learn from those that are there, while the next are being made."""
-
-    steps: int = Field(ge=1)
-    """Learner steps in all."""
-    prompts_per_step: int = Field(8, ge=1)
-    """Groups sampled and trained on a step."""
-    group_size: int = Field(8, ge=2, le=16)
-    """Completions of a prompt."""
-    max_in_flight: int = Field(48, ge=1)
-    """Groups out for votes at the same time."""
-    min_ready: int | None = Field(None, ge=1)
-    """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
-    feedback: Annotated[
-        Literal["votes", "reward_model", "hybrid", "function", "judge"],
-        NotYet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
-    ] = "votes"
-    """Who compares completions: people through the flow, or the reward model of `train_rm`."""
-    incomplete: Literal["use", "drop", "resubmit_once"] = "use"
-    """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use all."""
-    sampling: Sampling = Field(default_factory=Sampling)
-    """How a group is sampled."""
-    learner: Learner = Field(default_factory=lambda: Dpo(algorithm="dpo"))
-    """How the policy learns from votes."""
-    staleness: Staleness = Field(default_factory=Staleness)
-    """How old a vote may be."""
-    kl: Kl = Field(default_factory=Kl)
-    """How far the policy may drift."""
-    checkpoint_every: int = Field(5, ge=1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept, the newest ones."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        in_order(self, "prompts_per_step", "max_in_flight")
-        in_order(self, "min_ready", "max_in_flight")
-        if isinstance(self.sampling.temperature, list) and len(self.sampling.temperature) > self.group_size:
-            raise problem(
-                f"sampling.temperature has {len(self.sampling.temperature)} entries for a group_size of "
-                f"{self.group_size}",
-                "sampling",
-                "group_size",
             )
         return self
 

@@ -33,7 +33,7 @@ from rlhf_cli.journal.run_dir import RunDir, write_atomic
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
-from rlhf_cli.recipe.schema import Sampling
+from rlhf_cli.recipe.online import Sampling
 from rlhf_cli.stages.open_flow import open_or_adopt
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
 from rlhf_cli.stages.service import flow_service, flow_spec

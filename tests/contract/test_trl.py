@@ -21,8 +21,9 @@ from rlhf_cli.errors import Diverged
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.learner import sft as sft_module
+from rlhf_cli.learner.batch import Batch
 from rlhf_cli.learner.checkpoints import Checkpoints
-from rlhf_cli.learner.dpo import Batch, GroupDPOTrainer
+from rlhf_cli.learner.dpo import GroupDPOTrainer
 from rlhf_cli.learner.reward import train_reward_model
 from rlhf_cli.learner.sft import train_sft
 from rlhf_cli.online.recorder import Recorder

@@ -16,7 +16,7 @@ from rlhf_cli.errors import DataError, MissingStage
 from rlhf_cli.policy.generate import token_logps
 from rlhf_cli.policy.load import load_model, load_tokenizer
 from rlhf_cli.policy.policy import Policy
-from rlhf_cli.recipe.schema import Sampling
+from rlhf_cli.recipe.online import Sampling
 from rlhf_cli.types import Message, Prompt
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -490,14 +490,17 @@ def test_a_section_with_only_its_required_keys_is_a_setting() -> None:
 def test_every_value_has_an_origin() -> None:
     leaves = [path for path in all_paths() if section_at(path) is None]
     origins = load(RECIPE, "model.lora=null").origins
-    left_out = {("model", "lora"), ("model", "from_scratch"), ("train_rm", "stop_early"), ("sft", "stop_early")}
+    left_out = {"model.lora", "model.from_scratch", "train_rm.stop_early", "sft.stop_early"}
+    left_out |= {f"run_online.{key}" for key in ("function", "judge", "selection", "refresh", "drift", "length")}
+    left_out |= {"run_online.segments", "run_online.sampling.roles"}
     whole = {"sft.dataset", "train_rm.dataset"}  # sources here; a list of parts has one origin as well
+    above = left_out | whole
     written = {
-        ".".join(path) for path in leaves if path[:2] not in left_out and ".".join(path[:2]) not in whole
+        ".".join(path) for path in leaves if not any(".".join(path[:n]) in above for n in range(1, len(path)))
     } | whole
     assert written <= set(origins)
     assert origins["model.lora"] == "--set"
-    assert set(origins) - written == {".".join(path) for path in left_out}
+    assert set(origins) - written == left_out
 
 
 def test_the_resolved_recipe_loads_to_the_same_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,376 @@
+"""The keys of `run_online`: how groups are sampled, who compares them, how the policy learns, what holds it back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, NotYet, Section, Share, in_order, one_of, problem
+
+
+def _given(value: object) -> bool:
+    return value is not None
+
+
+class Role(Section):
+    """One way to sample some of the completions of a group."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)
+    """Shown beside its figures, such as `main` and `enhancer`."""
+    count: int = Field(ge=1, le=16)
+    """Completions of a group that it samples; the counts of all roles add up to `group_size`."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Of this role."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of this role."""
+    policy: Literal["current", "previous"] = "current"
+    """`previous` samples from the newest checkpoint instead of the policy as it is."""
+    best_of: int = Field(1, ge=1, le=64)
+    """Sample so many for each completion and keep the one that the reward model likes best."""
+
+
+class Sampling(Section):
+    """How the policy samples a group."""
+
+    temperature: float | list[float] = 1.0
+    """One temperature, or several that the completions of a group take in turn."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest completion in tokens."""
+    roles: Annotated[list[Role] | None, NotYet(_given, "roles are", "a list of temperatures")] = None
+    """Different ways to sample the completions of one group, instead of `temperature` and `top_p`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        temperatures = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        if not temperatures or not all(0 < t <= 10 for t in temperatures):
+            raise problem(
+                f"expected a number above 0 and at most 10, or a list of them, got {self.temperature}", "temperature"
+            )
+        return self
+
+
+Algorithm = Literal["dpo", "grpo", "rloo", "ppo"]
+
+_OF_DPO = ("pairs", "labels", "label_smoothing")
+_OF_GRADIENTS = ("clip", "clip_high", "ratio", "scale")
+_OF_PPO = (
+    "kl_target_nats",
+    "gamma",
+    "gae_lambda",
+    "value_coefficient",
+    "value_clip",
+    "value_learning_rate",
+    "entropy",
+    "unended_reward",
+)
+_ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_OF_DPO, ("dpo",)),
+    **dict.fromkeys(_OF_GRADIENTS, ("grpo", "rloo", "ppo")),
+    "scale": ("grpo",),
+    **dict.fromkeys(_OF_PPO, ("ppo",)),
+}
+_LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": ("sigmoid", "ipo"),
+    "grpo": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
+    "rloo": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
+    "ppo": (),
+}
+
+
+class Learner(Section):
+    """How the policy learns. Keys that its algorithm does not have are refused."""
+
+    algorithm: Annotated[Algorithm, NotYet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo")]
+    """`dpo` fits the votes themselves, with beta times the log-ratio to the reference as the score; `grpo` and `rloo`
+    raise what scored above its group; `ppo` climbs the rewards of a reward model with a critic."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to the reference; larger holds tighter. With `dpo` the scale of its scores, with
+    the others the weight of the KL a token."""
+    learning_rate: float = Field(5e-6, gt=0, lt=1)
+    """Constant learning rate."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    reference: Annotated[Literal["sft", "previous"], NotYet(one_of("previous"), "the {value} reference is", "sft")] = (
+        "sft"
+    )
+    """What the policy is held to: the model it started from, or, renewed every `reference_every` steps, itself as it
+    was then."""
+    reference_every: int | None = Field(None, ge=1)
+    """Steps between two renewals of the `previous` reference: the length of an iteration."""
+    epochs: Annotated[int, NotYet(lambda n: n > 1, "more than one epoch is", "1")] = Field(1, ge=1, le=16)
+    """Passes over the groups of a step."""
+    minibatches: Annotated[int, NotYet(lambda n: n > 1, "more than one minibatch is", "1")] = Field(1, ge=1)
+    """Updates in each pass, each on its part of the groups."""
+    accumulate: Annotated[int, NotYet(lambda n: n > 1, "gradient accumulation is", "1")] = Field(1, ge=1)
+    """Parts that an update is computed in: the same gradient, in less memory."""
+    loss: Annotated[
+        Literal["sigmoid", "ipo", "grpo", "dr_grpo", "dapo", "bnpo", "cispo"] | None,
+        NotYet(one_of("ipo", "grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "the {value} loss is", "sigmoid"),
+    ] = None
+    """`dpo`: `sigmoid` (the Bradley-Terry likelihood, its default) or `ipo`; `grpo` and `rloo`: how TRL averages over
+    tokens, `grpo` (the default), `dr_grpo`, `dapo`, `bnpo` or `cispo`."""
+    pairs: Literal["all", "best_worst"] = "all"
+    """`all` learns from every vote of a group; `best_worst` only from its best against its worst completion."""
+    labels: Annotated[Literal["votes", "posterior"], NotYet(one_of("posterior"), "{value} labels are", "votes")] = (
+        "votes"
+    )
+    """`votes` counts them; `posterior` takes for every pair the probability that the ranking fitted to all votes of the
+    group gives it."""
+    label_smoothing: Annotated[float, NotYet(lambda share: share > 0, "label smoothing is", "0")] = Field(
+        0.0, ge=0, lt=0.5
+    )
+    """Share of every vote that counts for the other side."""
+    clip: float = Field(0.2, gt=0, lt=1)
+    """How far the probability of a token may fall, as a share, before it stops counting."""
+    clip_high: float | None = Field(None, gt=0)
+    """The same for rising; `clip` when left out."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whether probabilities are compared with those of sampling token by token, or as one mean over a completion."""
+    scale: Literal["none", "group"] = "none"
+    """`group` divides scores by their deviation in the group: noisy where votes are few."""
+    kl_target_nats: float | None = Field(None, gt=0)
+    """Adapts beta until the KL a completion is this; fixed beta when left out."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Between one-step (0) and whole-completion (1) estimates of the advantage."""
+    value_coefficient: float = Field(0.5, gt=0)
+    """Weight of the critic's loss."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far the critic may move from what it said at sampling before that stops counting; `null` for no limit."""
+    value_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Of the critic; `learning_rate` when left out."""
+    entropy: float = Field(0.0, ge=0)
+    """Weight of the bonus for entropy."""
+    unended_reward: float | None = None
+    """Reward of a completion that the token limit cut off, in place of the model's; its own when left out."""
+
+    @property
+    def loss_name(self) -> str:
+        """The loss as written, or the default of the algorithm; empty for `ppo`, which has one."""
+        return self.loss or next(iter(_LOSSES[self.algorithm]), "")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, algorithms in _ONLY.items():
+            changed = getattr(self, key) != type(self).model_fields[key].default
+            if changed and self.algorithm not in algorithms:
+                raise problem(f"{key} is a key of {', '.join(algorithms)}; {self.algorithm} has none", key)
+        if self.loss is not None and self.loss not in _LOSSES[self.algorithm]:
+            known = ", ".join(_LOSSES[self.algorithm]) or "no choice of losses"
+            raise problem(f"{self.algorithm} has {known}, not {self.loss}", "loss", "algorithm")
+        if (self.reference == "previous") != (self.reference_every is not None):
+            raise problem("the previous reference and reference_every belong together", "reference_every", "reference")
+        return self
+
+
+class Function(Section):
+    """Your own scores: a Python function, or an HTTP endpoint that takes and gives the same as JSON."""
+
+    file: DataFile | None = None
+    """A Python file; its directory is put on the import path."""
+    name: str = Field("score", min_length=1)
+    """The function in it, `def` or `async def`: takes a list of `{"prompt", "completions"}` and returns for each a list
+    of numbers, one for each completion, None where there is no label."""
+    url: str | None = Field(None, pattern=r"^https?://[^@\s]+$")
+    """Instead of a file: gets `{"groups": [{"prompt", "completions"}]}` and answers `{"scores": [[...]]}`."""
+    token_env: EnvironmentName | None = None
+    """Name of the environment variable that holds the endpoint's bearer token."""
+    batch: int = Field(8, ge=1)
+    """Most groups in one call."""
+    timeout_s: float = Field(120.0, gt=0)
+    """How long one call may take, in seconds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.file is None) == (self.url is None):
+            raise problem("name either a file or a url", "file", "url")
+        return self
+
+
+class Judge(Section):
+    """A language model behind an OpenAI-compatible endpoint that compares two completions, in both orders."""
+
+    url: str = Field(pattern=r"^https?://[^@\s]+$")
+    """Base address, such as `https://api.example.org/v1`."""
+    model: str = Field(min_length=1)
+    """Name of the model there."""
+    key_env: EnvironmentName | None = None
+    """Name of the environment variable that holds the key; without one the endpoint is asked without a key, which only
+    loopback addresses may."""
+    prompt: str = Field(
+        "Question:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\nWhich answer is better? Say only A or B.",
+        min_length=1,
+    )
+    """What it is asked, with `{prompt}`, `{a}` and `{b}` in it."""
+    comparisons: int | None = Field(None, ge=1)
+    """Pairs compared of each group, each in both orders; all of them when left out."""
+    at_once: int = Field(8, ge=1, le=256)
+    """Most requests in flight."""
+    timeout_s: float = Field(60.0, gt=0)
+    """How long one request may take, in seconds."""
+    usd_per_1m_tokens: float = Field(0.0, ge=0)
+    """Price, of tokens in and out alike; counted against `budget.usd`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        missing = [name for name in ("{prompt}", "{a}", "{b}") if name not in self.prompt]
+        if missing:
+            raise problem(f"the prompt has no {' and no '.join(missing)} in it", "prompt")
+        return self
+
+
+class Selection(Section):
+    """Which groups people see, where not all of them. The others get the reward model's word with `hybrid` feedback,
+    and are set aside unasked with `votes`."""
+
+    by: Literal["uncertainty", "diverse", "drifting"] = "uncertainty"
+    """`uncertainty`: where the reward model is least sure which completion is best; `diverse`: prompts unlike those
+    seen before; `drifting`: where model and people have begun to disagree."""
+    share: Share = 0.25
+    """Part of the groups that people see."""
+    random_share: float = Field(0.2, ge=0, le=1)
+    """Part of those that is drawn at random, so that figures about all groups stay unbiased."""
+
+
+class Refresh(Section):
+    """Refit the reward model on people's votes while the policy trains."""
+
+    every_groups: int = Field(16, ge=1)
+    """Groups that people decided between two refits."""
+    heldout_share: Share = 0.2
+    """Part of the fresh groups that is kept to decide whether a refit is published."""
+
+
+class Drift(Section):
+    """Watch, by cluster of prompts, whether model and people begin to disagree, and ask people about those clusters."""
+
+    clusters: int = Field(8, ge=1, le=256)
+    """Clusters of prompts."""
+    window: int = Field(64, ge=8)
+    """Groups that people decided most lately, which are compared with those before."""
+    z: float = Field(3.0, gt=0)
+    """Standard errors by which disagreement has to have risen."""
+    round_groups: int = Field(16, ge=1)
+    """Groups of a drifting cluster that people are asked about in a targeted round."""
+
+
+class Length(Section):
+    """What is done about completions that get longer because length is liked."""
+
+    penalty: float = Field(0.0, ge=0)
+    """Taken from a model's, function's or ranking's score for every character, never from people's votes."""
+    max_correlation: float | None = Field(None, gt=0, le=1)
+    """Trips where the correlation of score and length within groups is beyond this."""
+    max_growth: float | None = Field(None, gt=1)
+    """Trips where completions are so many times as long as those of the first step."""
+    on_trip: Literal["note", "stop", "rollback"] = "note"
+    """`note` says so, `stop` ends the run with exit code 7, `rollback` does as the KL guard does."""
+
+
+class Segments(Section):
+    """Raters may mark what is good or bad inside a completion; marked tokens weigh more in the DPO loss."""
+
+    weight: float = Field(5.0, gt=1)
+    """Of a marked token against an unmarked one."""
+
+
+class Staleness(Section):
+    """How old a vote may be."""
+
+    max_steps: int = Field(8, ge=0)
+    """A group sampled more learner steps ago than this is set aside."""
+
+
+class Kl(Section):
+    """Limits on how far the policy drifts from the model it started from, in nats a completion."""
+
+    soft_nats: float | None = Field(None, gt=0)
+    """Beyond this, beta is raised until the policy comes back."""
+    hard_nats: float | None = Field(None, gt=0)
+    """Beyond this, the run ends as `on_hard` says."""
+    on_hard: Annotated[
+        Literal["stop", "rollback"],
+        NotYet(one_of("rollback"), "{value} at the hard limit is", "stop"),
+    ] = "stop"
+    """`stop` ends the run with exit code 7 and keeps the last good checkpoint; `rollback` goes on from there with a
+    higher beta."""
+    rollback_beta: float = Field(2.0, gt=1)
+    """What beta is multiplied by at each roll-back."""
+    max_rollbacks: int = Field(3, ge=1)
+    """One more than this stops the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "soft_nats", "hard_nats")
+        return self
+
+
+class RunOnline(Section):
+    """The loop: sample groups, ask for votes, learn from those that are there, while the next are being made."""
+
+    steps: int = Field(ge=1)
+    """Learner steps in all."""
+    prompts_per_step: int = Field(8, ge=1)
+    """Groups sampled and trained on a step."""
+    group_size: int = Field(8, ge=2, le=16)
+    """Completions of a prompt."""
+    max_in_flight: int = Field(48, ge=1)
+    """Groups out for votes at the same time."""
+    min_ready: int | None = Field(None, ge=1)
+    """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
+    feedback: Annotated[
+        Literal["votes", "reward_model", "hybrid", "function", "judge"],
+        NotYet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
+    ] = "votes"
+    """Who compares completions: people through the flow, the reward model of `train_rm`, both (`hybrid`: the model at
+    once, people where it is worth their time), a `function` of yours, or a language model as `judge`."""
+    incomplete: Literal["use", "drop", "resubmit_once"] = "use"
+    """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use all."""
+    sampling: Sampling = Field(default_factory=Sampling)
+    """How a group is sampled."""
+    learner: Learner = Field(default_factory=lambda: Learner(algorithm="dpo"))
+    """How the policy learns from votes."""
+    staleness: Staleness = Field(default_factory=Staleness)
+    """How old a vote may be."""
+    kl: Kl = Field(default_factory=Kl)
+    """How far the policy may drift."""
+    function: Function | None = None
+    """Needed with `feedback: function`."""
+    judge: Judge | None = None
+    """Needed with `feedback: judge`."""
+    selection: Annotated[Selection | None, NotYet(_given, "selection is", "no such section")] = None
+    """Which groups people see; all of them when left out."""
+    refresh: Annotated[Refresh | None, NotYet(_given, "refreshing the reward model is", "no such section")] = None
+    """Keep the reward model up with the policy; only with `hybrid`."""
+    drift: Annotated[Drift | None, NotYet(_given, "the drift watch is", "no such section")] = None
+    """Ask people where the reward model goes wrong; only with `hybrid`."""
+    length: Annotated[Length | None, NotYet(_given, "the length guard is", "no such section")] = None
+    """What is done about ever longer completions."""
+    segments: Annotated[Segments | None, NotYet(_given, "segment feedback is", "no such section")] = None
+    """Let raters mark spans; only with `votes` and `dpo`."""
+    checkpoint_every: int = Field(5, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept, the newest ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        in_order(self, "prompts_per_step", "max_in_flight")
+        in_order(self, "min_ready", "max_in_flight")
+        if isinstance(self.sampling.temperature, list) and len(self.sampling.temperature) > self.group_size:
+            raise problem(
+                f"sampling.temperature has {len(self.sampling.temperature)} entries for a group_size of "
+                f"{self.group_size}",
+                "sampling",
+                "group_size",
+            )
+        for feedback in ("function", "judge"):
+            if (self.feedback == feedback) != (getattr(self, feedback) is not None):
+                raise problem(f"{feedback} feedback and the section `{feedback}` belong together", "feedback")
+        return self
