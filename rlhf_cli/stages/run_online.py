@@ -6,8 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from rlhf_cli.errors import (
     UsageError,
 )
 from rlhf_cli.feedback.abandon import abandon
-from rlhf_cli.feedback.recorded import RecordedFeedback, Recording
-from rlhf_cli.feedback.reward_model import RewardModelFeedback
-from rlhf_cli.feedback.votes import VotesFeedback
+from rlhf_cli.feedback.recorded import Recording
 from rlhf_cli.journal.events import StageStarted
 from rlhf_cli.journal.metrics import MetricsWriter, read_metrics
 from rlhf_cli.journal.observe import Observer
@@ -41,10 +38,11 @@ from rlhf_cli.policy.policy import Policy
 from rlhf_cli.policy.row_checks import prompts_only
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
-from rlhf_cli.stages.rewards import reward_for_display, reward_model
-from rlhf_cli.stages.service import Connect, flow_service, flow_spec, recording_at
+from rlhf_cli.stages.feedback import feedback_of
+from rlhf_cli.stages.rewards import reward_for_display
+from rlhf_cli.stages.service import Connect, flow_service, recording_at
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
-from rlhf_cli.types import Feedback, Prompt
+from rlhf_cli.types import Prompt
 
 ABANDON_S = 30.0
 """How long ending the items of an attempt that is given up may take."""
@@ -73,7 +71,7 @@ def run(
             policy.encode(prompt)  # one that is too long is found before anything is paid for
         _note_checks(session, policy, prompts, heldout)
         _announce(session)
-        with _feedback(session, state, recording) as feedback:
+        with feedback_of(session, state, recording) as feedback:
             given: dict[str, Any] = {
                 "policy": policy,
                 "feedback": feedback,
@@ -203,45 +201,6 @@ def _recording(session: Session) -> Recording | None:
     recording = recording_at(flow.recording, session.run)
     recording.steps_for(online.steps)
     return recording
-
-
-@contextmanager
-def _feedback(session: Session, state: RunState, recording: Recording | None) -> Iterator[Feedback]:
-    """Whoever compares the completions, asking again about the groups that were open when the last process ended."""
-    recipe, online = session.recipe, session.recipe.run_online
-    assert online is not None
-    if online.feedback == "reward_model":
-        by_model = RewardModelFeedback(reward_model(session), session.journal.append)
-        by_model.resume(state.open_groups)
-        yield by_model
-        return
-    if recording is not None:
-        recorded = RecordedFeedback(recording, session.journal.append)
-        recorded.resume(state.open_groups)
-        yield recorded
-        return
-    assert recipe.flow is not None
-    assert state.flow is not None
-    assert state.run_id is not None
-    with flow_service(recipe, session.run, outage_s=recipe.flow.outage_s) as connect:
-        votes = VotesFeedback(
-            connect,
-            state.flow.flow_id,
-            flow_spec(recipe),
-            session.journal.append,
-            run_id=state.run_id,
-            incomplete=online.incomplete,
-            stop_when_decided=recipe.flow.stop_when_decided,
-            settle_s=recipe.flow.settle_s,
-            poll_s=recipe.flow.poll_s,
-            votes_before=state.votes_total,
-            note=session.note,
-        )
-        try:
-            votes.resume(state.groups.values())
-            yield votes
-        finally:
-            votes.close()
 
 
 def _train(session: Session, stream: Stream, policy: Policy, checkpoint: Checkpoint | None) -> None:
