@@ -123,6 +123,24 @@ class GroupSampled(_Event):
         )
 
 
+class GroupChosen(_Event):
+    """Who is asked about a group, decided when it was sampled and never again: people, or nobody but the model."""
+
+    type: Literal["group_chosen"] = "group_chosen"
+    group_id: str
+    people: bool
+    why: Literal["random", "uncertainty", "diverse", "drifting", "round", "not selected", "budget"]
+    """`random` is blind to the group, so figures of these groups hold for all; `round` is a targeted round."""
+    value: float | None = None
+    """What it was compared by; larger is more worth asking about."""
+    version: str | None = None
+    """Of the model behind `scores`."""
+    scores: tuple[float, ...] | None = None
+    """What that model said before anybody was asked, one per completion; differences are calibrated log-odds."""
+    cluster: int | None = None
+    """Of its prompt, where a drift watch sorts them."""
+
+
 class GroupIntended(_Event):
     """About to buy an item for the group. From here on, a restart looks the item up before it creates one."""
 
@@ -237,6 +255,39 @@ class GroupSetAside(_Event):
     reason: str
 
 
+class PromptsClustered(_Event):
+    """How the drift watch sorts prompts in this run."""
+
+    type: Literal["prompts_clustered"] = "prompts_clustered"
+    embedding: str
+    """`minilm` or `words`: what prompts are compared by; the same until the end of the run."""
+    clusters: tuple[tuple[int, str], ...]
+    """How many of the prompts each has, and the prompt in its middle."""
+
+
+class DriftFound(_Event):
+    """Model and people disagree more than before in one cluster of prompts: a targeted round begins."""
+
+    type: Literal["drift_found"] = "drift_found"
+    cluster: int
+    z: float
+    """Standard errors by which it rose."""
+    before: float
+    """Share of votes against the model beyond what the model itself expects, before and now."""
+    now: float
+    groups: int
+    """The next ones of the cluster that people are asked about."""
+    outdated: tuple[str, ...]
+    """Groups of the cluster that people decided before it began; what they say no longer holds."""
+
+
+class RoundEnded(_Event):
+    """People have decided about the groups of a targeted round; the reward model is to be refitted."""
+
+    type: Literal["round_ended"] = "round_ended"
+    cluster: int
+
+
 class StepTrained(_Event):
     type: Literal["step_trained"] = "step_trained"
     step: int
@@ -267,6 +318,7 @@ Event = Annotated[
     | StageFinished
     | FlowOpened
     | GroupSampled
+    | GroupChosen
     | GroupIntended
     | DatasetCreated
     | GroupSubmitted
@@ -277,6 +329,9 @@ Event = Annotated[
     | VotesLate
     | SnapshotContradicted
     | GroupSetAside
+    | PromptsClustered
+    | DriftFound
+    | RoundEnded
     | StepTrained
     | CheckpointSaved
     | RunStopped,

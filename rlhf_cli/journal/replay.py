@@ -10,8 +10,10 @@ from rlhf_cli.errors import RunDamaged
 from rlhf_cli.journal.events import (
     CheckpointSaved,
     DatasetCreated,
+    DriftFound,
     Event,
     FlowOpened,
+    GroupChosen,
     GroupIntended,
     GroupRanked,
     GroupSampled,
@@ -20,6 +22,8 @@ from rlhf_cli.journal.events import (
     ItemDoubled,
     ItemEnded,
     ItemStopped,
+    PromptsClustered,
+    RoundEnded,
     RunStarted,
     RunStopped,
     SnapshotContradicted,
@@ -55,6 +59,8 @@ class GroupState:
     """The life of one group so far; what has not happened yet is None."""
 
     sampled: GroupSampled
+    chosen: GroupChosen | None = None
+    """Who is asked; None where everybody always is."""
     asks: tuple[Ask, ...] = ()
     """More than one where too few votes came the first time and the recipe asks again."""
     doubles: tuple[ItemDoubled, ...] = ()
@@ -93,7 +99,7 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What the journal says. `groups`, `steps` and `checkpoint` belong to the current attempt of run-online."""
+    """What the journal says. From `groups` to `drift` it is of the current attempt of run-online."""
 
     started: RunStarted | None = None
     stages: dict[str, StageDone] = field(default_factory=dict)
@@ -107,6 +113,9 @@ class RunState:
     """In the order they were sampled."""
     steps: dict[int, StepTrained] = field(default_factory=dict)
     checkpoint: CheckpointSaved | None = None
+    clustered: PromptsClustered | None = None
+    drift: tuple[tuple[int, DriftFound | RoundEnded], ...] = ()
+    """What the drift watch found, each with its place in the journal."""
     votes_total: float = 0.0
     """People's votes in the journal, those of earlier attempts too: what was paid stays paid."""
     stopped: RunStopped | None = None
@@ -157,7 +166,7 @@ def _after(state: RunState, entry: Entry) -> RunState:
             state = replace(state, stages=stages, current=event, stopped=None)
             if event.stage != ONLINE or event.attempt == state.attempt:
                 return state
-            return replace(state, attempt=event.attempt, groups={}, steps={}, checkpoint=None)
+            return replace(state, attempt=event.attempt, groups={}, steps={}, checkpoint=None, clustered=None, drift=())
         case StageFinished():
             done = StageDone(event.fingerprint, event.summary, event.seconds)
             open_stage = None if state.current and state.current.stage == event.stage else state.current
@@ -168,6 +177,10 @@ def _after(state: RunState, entry: Entry) -> RunState:
             return _trained(state, entry, event)
         case CheckpointSaved():
             return replace(state, checkpoint=event)
+        case PromptsClustered():
+            return replace(state, clustered=event)
+        case DriftFound() | RoundEnded():
+            return replace(state, drift=(*state.drift, (entry.seq, event)))
         case RunStopped():
             return replace(state, stopped=event)
         case _:
@@ -178,6 +191,7 @@ def _group(
     state: RunState,
     entry: Entry,
     event: GroupSampled
+    | GroupChosen
     | GroupIntended
     | DatasetCreated
     | GroupSubmitted
@@ -200,6 +214,8 @@ def _group(
         raise _damaged(entry, f"{event.type} of group {event.group_id}, which was never sampled")
     paid = 0.0
     match event:
+        case GroupChosen():
+            group = replace(group, chosen=event)
         case GroupIntended():
             group = replace(group, asks=(*group.asks, Ask(key=event.key)))
         case DatasetCreated():
