@@ -148,17 +148,21 @@ class Reader(ABC):
 class RewardModel(Reader):
     """Scores completions one at a time; higher is better, the zero point means nothing."""
 
+    def rewards(self, texts: Sequence[Text]) -> list[Array]:
+        """For each prompt what every head gives to each completion, shape (G, K)."""
+        rows = [encode_answer(self.tokenizer, p, c, self.max_length) for p, completions in texts for c in completions]
+        numbers, done = self.read(rows), []
+        for _, completions in texts:
+            mine, numbers = numbers[: len(completions)], numbers[len(completions) :]
+            done.append(mine)
+        return done
+
     def score_all(self, texts: Sequence[Text]) -> list[tuple[Array, Array | None]]:
         """For each prompt the rewards of its completions, and how far the heads of an ensemble are apart on each.
 
         The latter is the standard deviation over the heads; None where there is only one.
         """
-        rows = [encode_answer(self.tokenizer, p, c, self.max_length) for p, completions in texts for c in completions]
-        numbers, done = self.read(rows), []
-        for _, completions in texts:
-            mine, numbers = numbers[: len(completions)], numbers[len(completions) :]
-            done.append((mine.mean(1), mine.std(1, ddof=1) if mine.shape[1] > 1 else None))
-        return done
+        return [(r_GK.mean(1), r_GK.std(1, ddof=1) if r_GK.shape[1] > 1 else None) for r_GK in self.rewards(texts)]
 
     def cuts(self, prompt: Sequence[Message], completions: Sequence[str]) -> int:
         """How many of the completions do not fit, together with their prompt, into `max_length`."""

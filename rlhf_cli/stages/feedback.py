@@ -21,7 +21,8 @@ def feedback_of(session: Session, state: RunState, recording: Recording | None) 
     recipe, online = session.recipe, session.recipe.run_online
     assert online is not None
     if online.feedback == "reward_model":
-        by_model = RewardModelFeedback(reward_model(session), session.journal.append)
+        penalty = online.length.penalty if online.length else 0.0
+        by_model = RewardModelFeedback(reward_model(session), session.journal.append, penalty)
         by_model.resume(state.open_groups)
         yield by_model
         return

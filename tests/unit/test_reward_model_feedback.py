@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from stream_world import Disk
 
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
+from rlhf_cli.feedback.scores import by_log_odds, by_rewards
 from rlhf_cli.journal.events import GroupRanked, GroupSampled, GroupSetAside
-from rlhf_cli.policy.scoring import About, Array, Reader, Text
+from rlhf_cli.policy.scoring import About, Array, Reader, RewardModel, Text, open_reward_model
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Unranked
 
 
@@ -79,3 +81,57 @@ def test_a_group_that_a_crash_left_without_an_answer_is_answered(feedback: Rewar
     feedback.resume(disk.state().open_groups)
     assert len(feedback.collect()) == 1
     assert not disk.state().open_groups
+
+
+def test_scores_are_rewards_over_temperature_and_the_votes_follow_from_their_differences() -> None:
+    scored = by_rewards("v1", np.array([[3.0, 5.0], [1.0, -1.0]]), 2.0, ["aa", "b"])
+    assert scored.heads is not None
+    assert scored.heads.tolist() == [[1.5, 0.5], [2.5, -0.5]]
+    assert scored.scores is not None
+    assert scored.scores.tolist() == [2.0, 0.0]
+    assert scored.spread == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)])
+    assert scored.probabilities[0, 1] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert by_rewards("v1", np.array([[3.0], [1.0]]), 2.0, ["aa", "b"]).spread is None
+
+
+def test_the_length_penalty_is_taken_for_every_character_from_scores_and_votes_alike() -> None:
+    texts = ["x" * 10, "y" * 4]
+    scored = by_rewards("v1", np.array([[2.0], [1.0]]), 1.0, texts, penalty=0.25)
+    assert scored.scores is not None
+    assert scored.scores.tolist() == [-0.5, 0.0]
+    assert scored.probabilities[0, 1] == pytest.approx(1 / (1 + math.exp(0.5)))
+    compared = by_log_odds("v1", np.array([[0.0, 1.0], [-1.0, 0.0]]), 1.0, texts, penalty=0.25)
+    assert compared.scores is None
+    assert np.array_equal(compared.log_odds, scored.log_odds)
+
+
+def test_the_penalty_does_not_depend_on_the_scale_of_the_rewards() -> None:
+    texts = ["x" * 10, "y" * 4]
+    small = by_rewards("v1", np.array([[2.0], [1.0]]), 1.0, texts, penalty=0.25)
+    large = by_rewards("v1", np.array([[200.0], [100.0]]), 100.0, texts, penalty=0.25)
+    assert np.array_equal(large.log_odds, small.log_odds)
+
+
+def test_a_pairwise_model_gives_votes_and_no_scores(feedback: RewardModelFeedback, disk: Disk) -> None:
+    feedback.submit(group(1.0, 0.0))
+    (ranked,) = feedback.collect()
+    assert isinstance(ranked, RankedGroup)
+    assert ranked.scores is None
+    assert disk.of(GroupRanked)[0].scores is None
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.02])
+def test_a_scalar_model_gives_scores_that_say_what_its_votes_say(tiny: str, disk: Disk, penalty: float) -> None:
+    model = open_reward_model(tiny)
+    assert isinstance(model, RewardModel)
+    model.about = replace(model.about, temperature=0.5)
+    feedback = RewardModelFeedback(model, disk.append, penalty)
+    asked = group(10.0, -2.5, 0.125)
+    feedback.submit(asked)
+    (ranked,) = feedback.collect()
+    assert isinstance(ranked, RankedGroup)
+    texts = [c.text for c in asked.completions]
+    wanted = [2 * r - penalty * len(t) for r, t in zip(model.score(asked.prompt.messages, texts), texts, strict=True)]
+    assert ranked.scores == pytest.approx(wanted, abs=1e-12)
+    assert ranked.wins.wins[0, 1] == pytest.approx(1 / (1 + math.exp(wanted[1] - wanted[0])), abs=1e-12)
+    assert disk.of(GroupRanked)[0].scores == ranked.scores
