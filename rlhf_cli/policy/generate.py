@@ -147,7 +147,15 @@ def pack(
 
 
 def completion_logps(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """Log-probabilities of completion tokens, right-aligned, shape (B, longest completion); 0 where there is no token.
+    """Log-probabilities of completion tokens, right-aligned, shape (B, longest completion); 0 on padding."""
+    logits_BTV, is_completion_BT = completion_logits(model, ids_BT, mask_BT, lengths_B)
+    return chosen_logps(logits_BTV, ids_BT) * is_completion_BT
+
+
+def completion_logits(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, lengths_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What completion tokens are drawn from, right-aligned, and which places of it are completion.
 
     Rows are padded on the left, so that all completions end in the same column and only those columns go through the
     vocabulary projection: the prompt's logits are never computed.
@@ -156,15 +164,22 @@ def completion_logps(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, le
     logits_BTV = model(
         input_ids=ids_BT,
         attention_mask=mask_BT,
-        position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+        position_ids=positions(mask_BT),
         logits_to_keep=longest + 1,
         use_cache=False,
     ).logits[:, :-1]
-    logits_BTV = logits_BTV.float()
-    targets_BT = ids_BT[:, -longest:]
-    logp_BT = logits_BTV.gather(2, targets_BT[:, :, None])[:, :, 0] - logits_BTV.logsumexp(2)
-    is_completion_BT = torch.arange(longest, device=ids_BT.device) >= longest - lengths_B[:, None]
-    return logp_BT * is_completion_BT
+    return logits_BTV.float(), torch.arange(longest, device=ids_BT.device) >= longest - lengths_B[:, None]
+
+
+def chosen_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Log-probabilities of the last tokens of `ids_BT` under the logits that they were drawn from."""
+    targets_BT = ids_BT[:, -logits_BTV.shape[1] :]
+    return logits_BTV.gather(2, targets_BT[:, :, None])[:, :, 0] - logits_BTV.logsumexp(2)
+
+
+def positions(mask_BT: Tensor) -> Tensor:
+    """Where each token stands in its own row, padding on the left not counted."""
+    return (mask_BT.cumsum(1) - 1).clamp(min=0)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
