@@ -72,6 +72,7 @@ class FlowOpened(_Event):
     desired_votes: int
     max_votes: int
     ttl_s: float
+    segments: bool = False
 
 
 class GroupSampled(_Event):
@@ -202,6 +203,8 @@ class ItemEnded(_Event):
     votes: float
     """Paid for; all that is known where the service does not show which they were."""
     wins: tuple[tuple[float, ...], ...] | None = None
+    segments: tuple[tuple[int, int, int, bool], ...] = ()
+    """As in `GroupRanked`."""
 
 
 class ItemDoubled(_Event):
@@ -304,6 +307,38 @@ class CheckpointSaved(_Event):
     """Relative to the run folder."""
 
 
+class GuardTripped(_Event):
+    """A guard found the policy beyond its limit and the run goes on, or ends; see `RolledBack` for the third way."""
+
+    type: Literal["guard_tripped"] = "guard_tripped"
+    guard: str
+    """`kl`, `length_growth` or `length_correlation`."""
+    step: int
+    """Steps that the policy had taken."""
+    value: float
+    limit: float
+    action: Literal["note", "stop"]
+
+
+class RolledBack(_Event):
+    """The run goes on from an earlier step: the steps after it are void, and so is what was sampled after it.
+
+    One event does all of it, so that a death leaves the roll-back undecided or decided and never half of it.
+    """
+
+    type: Literal["rolled_back"] = "rolled_back"
+    guard: str
+    value: float
+    limit: float
+    from_step: int
+    to_step: int
+    """0 for the model that the run started from."""
+    checkpoint: str | None
+    """Of `to_step`, relative to the run folder."""
+    beta_scale: float
+    """What the recipe's beta is multiplied by from here on, all roll-backs of the attempt together."""
+
+
 class RunStopped(_Event):
     """The process ended in order, early or not; a journal without it at the end belongs to a killed process."""
 
@@ -334,6 +369,8 @@ Event = Annotated[
     | RoundEnded
     | StepTrained
     | CheckpointSaved
+    | GuardTripped
+    | RolledBack
     | RunStopped,
     Field(discriminator="type"),
 ]

@@ -19,10 +19,12 @@ from rlhf_cli.journal.events import (
     GroupSampled,
     GroupSetAside,
     GroupSubmitted,
+    GuardTripped,
     ItemDoubled,
     ItemEnded,
     ItemStopped,
     PromptsClustered,
+    RolledBack,
     RoundEnded,
     RunStarted,
     RunStopped,
@@ -75,7 +77,9 @@ class GroupState:
     decided_at: float | None = None
     """Unix time at which it was ranked or set aside."""
     step: int | None = None
-    """The step that trained on it."""
+    """The step that trained on it; steps that a roll-back made void do not count."""
+    void: bool = False
+    """Sampled by a policy that a roll-back gave up."""
 
     @property
     def ask(self) -> Ask:
@@ -112,7 +116,10 @@ class RunState:
     groups: dict[str, GroupState] = field(default_factory=dict)
     """In the order they were sampled."""
     steps: dict[int, StepTrained] = field(default_factory=dict)
+    """Those that stand: a roll-back takes the ones after it away."""
     checkpoint: CheckpointSaved | None = None
+    rollbacks: tuple[RolledBack, ...] = ()
+    tripped: tuple[GuardTripped, ...] = ()
     clustered: PromptsClustered | None = None
     drift: tuple[tuple[int, DriftFound | RoundEnded], ...] = ()
     """What the drift watch found, each with its place in the journal."""
@@ -129,6 +136,11 @@ class RunState:
     def next_index(self) -> int:
         """Index of the next group to sample."""
         return max((g.sampled.index for g in self.groups.values()), default=-1) + 1
+
+    @property
+    def beta_scale(self) -> float:
+        """What roll-backs multiplied the recipe's beta by."""
+        return self.rollbacks[-1].beta_scale if self.rollbacks else 1.0
 
     @property
     def open_groups(self) -> tuple[GroupState, ...]:
@@ -166,7 +178,14 @@ def _after(state: RunState, entry: Entry) -> RunState:
             state = replace(state, stages=stages, current=event, stopped=None)
             if event.stage != ONLINE or event.attempt == state.attempt:
                 return state
-            return replace(state, attempt=event.attempt, groups={}, steps={}, checkpoint=None, clustered=None, drift=())
+            return RunState(
+                started=state.started,
+                stages=stages,
+                current=event,
+                flow=state.flow,
+                attempt=event.attempt,
+                votes_total=state.votes_total,
+            )
         case StageFinished():
             done = StageDone(event.fingerprint, event.summary, event.seconds)
             open_stage = None if state.current and state.current.stage == event.stage else state.current
@@ -177,6 +196,10 @@ def _after(state: RunState, entry: Entry) -> RunState:
             return _trained(state, entry, event)
         case CheckpointSaved():
             return replace(state, checkpoint=event)
+        case GuardTripped():
+            return replace(state, tripped=(*state.tripped, event))
+        case RolledBack():
+            return _rolled_back(state, entry, event)
         case PromptsClustered():
             return replace(state, clustered=event)
         case DriftFound() | RoundEnded():
@@ -264,6 +287,27 @@ def _trained(state: RunState, entry: Entry, event: StepTrained) -> RunState:
         state.groups[group_id] = replace(group, step=event.step)
     state.steps[event.step] = event
     return state
+
+
+def _rolled_back(state: RunState, entry: Entry, event: RolledBack) -> RunState:
+    """Steps after `to_step` are void; their groups wait again, unless a policy that is given up sampled them."""
+    if event.to_step and event.to_step not in state.steps:
+        raise _damaged(entry, f"the run is rolled back to step {event.to_step}, which was never trained")
+    reason = f"rolled back to step {event.to_step}: the policy that sampled it was given up"
+    for group_id, group in state.groups.items():
+        if group.step is not None and group.step > event.to_step:
+            group = replace(group, step=None)
+        if group.sampled.policy_step > event.to_step and not group.void:
+            group = replace(group, void=True)
+            if group.set_aside is None:
+                group = replace(group, set_aside=reason, decided_at=group.decided_at or entry.at)
+        state.groups[group_id] = group
+    return replace(
+        state,
+        steps={step: trained for step, trained in state.steps.items() if step <= event.to_step},
+        checkpoint=CheckpointSaved(step=event.to_step, path=event.checkpoint) if event.checkpoint else None,
+        rollbacks=(*state.rollbacks, event),
+    )
 
 
 def _damaged(entry: Entry, what: str) -> RunDamaged:

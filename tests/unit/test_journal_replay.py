@@ -16,6 +16,7 @@ from rlhf_cli.journal.events import (
     GroupSetAside,
     GroupSubmitted,
     ItemEnded,
+    RolledBack,
     RunStarted,
     RunStopped,
     StageFinished,
@@ -221,3 +222,86 @@ def test_contradictions_are_refused_with_their_line(events: tuple[Event, ...], m
 def test_a_journal_of_two_runs_is_refused() -> None:
     with pytest.raises(RunDamaged, match="run two starts in the journal of run one"):
         run(*(RunStarted(run_id=i, name="n", seed=1, version="0") for i in ("one", "two")))
+
+
+def at_step(group_id: str, index: int, policy_step: int) -> GroupSampled:
+    return sampled(group_id, index).model_copy(update={"policy_step": policy_step})
+
+
+def back(to_step: int, from_step: int = 3, beta_scale: float = 2.0) -> RolledBack:
+    checkpoint = f"online/checkpoints/step-{to_step:06d}" if to_step else None
+    return RolledBack(
+        guard="kl",
+        value=21,
+        limit=20,
+        from_step=from_step,
+        to_step=to_step,
+        checkpoint=checkpoint,
+        beta_scale=beta_scale,
+    )
+
+
+def three_steps() -> list[Event]:
+    """A step on `a`, one on `b`, which was sampled before it, and one on `c`, sampled by the policy after two steps."""
+    return [
+        online(),
+        at_step("a", 0, 0),
+        at_step("b", 1, 0),
+        ranked("a"),
+        ranked("b"),
+        StepTrained(step=1, group_ids=("a",)),
+        CheckpointSaved(step=1, path="online/checkpoints/step-000001"),
+        StepTrained(step=2, group_ids=("b",)),
+        CheckpointSaved(step=2, path="online/checkpoints/step-000002"),
+        at_step("c", 2, 2),
+        at_step("d", 3, 2),
+        ranked("c"),
+        StepTrained(step=3, group_ids=("c",)),
+    ]
+
+
+def test_a_roll_back_makes_the_steps_after_it_void_and_what_their_policy_sampled() -> None:
+    state = run(*three_steps(), back(1))
+
+    assert list(state.steps) == [1]
+    assert state.checkpoint == CheckpointSaved(step=1, path="online/checkpoints/step-000001")
+    assert (state.beta_scale, state.next_index) == (2.0, 4)
+    assert [g.sampled.group_id for g in state.ready_groups] == ["b"]  # sampled by the policy that is kept
+    assert not state.open_groups
+    for given_up in ("c", "d"):
+        group = state.groups[given_up]
+        assert (group.void, group.step) == (True, None)
+        assert "rolled back to step 1" in (group.set_aside or "")
+    assert state.votes_total == 9  # what was paid stays paid
+
+
+def test_after_a_roll_back_the_step_is_taken_again_with_other_groups() -> None:
+    state = run(
+        *three_steps(),
+        back(1),
+        at_step("e", 4, 1),
+        ranked("e"),
+        StepTrained(step=2, group_ids=("e", "b")),
+    )
+    assert (state.groups["b"].step, state.groups["e"].step, list(state.steps)) == (2, 2, [1, 2])
+
+
+def test_a_group_that_a_roll_back_gave_up_cannot_train() -> None:
+    with pytest.raises(RunDamaged, match="no usable votes"):
+        run(*three_steps(), back(1), StepTrained(step=2, group_ids=("c",)))
+
+
+def test_a_roll_back_to_the_start_leaves_no_step_and_no_checkpoint() -> None:
+    state = run(*three_steps(), back(0))
+    assert (state.steps, state.checkpoint) == ({}, None)
+    assert [g.sampled.group_id for g in state.ready_groups] == ["a", "b"]
+
+
+def test_roll_backs_end_with_their_attempt() -> None:
+    state = run(*three_steps(), back(1), online(attempt=2))
+    assert (state.rollbacks, state.beta_scale) == ((), 1.0)
+
+
+def test_a_roll_back_to_a_step_that_was_never_trained_is_found_out() -> None:
+    with pytest.raises(RunDamaged, match="rolled back to step 9"):
+        run(*three_steps(), back(9))
