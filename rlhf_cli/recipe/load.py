@@ -78,10 +78,16 @@ def check_recipe(path: Path, sets: Sequence[str] = ()) -> tuple[LoadedRecipe | N
     nodes = dict(tree.walk())
     recipe, mistakes = _validated(tree, nodes)
     unread = {problem.key for problem in problems}
-    for key, what in [*mistakes, *broken_rules(tree.plain())]:
+    rules = list(broken_rules(tree.plain()))
+    for key, what in [*mistakes, *rules]:
         nearest = next(nodes[key[:n]] for n in range(len(key), -1, -1) if key[:n] in nodes)
-        if not (".".join(key) in unread and nearest.value is None):
-            found.setdefault(key, Problem(nearest.place, ".".join(key), what))
+        if ".".join(key) in unread and nearest.value is None:
+            continue
+        problem = Problem(nearest.place, ".".join(key), what)
+        if (key, what) in rules:
+            problems.append(problem)
+        else:
+            found.setdefault(key, problem)
     problems = sorted({*problems, *found.values()})
     if recipe is None or problems:
         return None, problems
