@@ -31,7 +31,6 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DpoCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
-from rlhf_cli.learner.batch import Batch
 from rlhf_cli.learner.dpo import GroupDPOTrainer
 from rlhf_cli.learner.groups import Example
 from rlhf_cli.learner.reward import VotesTrainer, head_scores
@@ -166,7 +165,6 @@ def dpo(folder: str, groups: Sequence[Tokens], scratch: Path) -> list[Work]:
         for (c, ref_c), (r, ref_r) in combinations(zip(g.completions, map(sum, ref_logps), strict=True), 2):
             ids = {"prompt_ids": g.prompt, "chosen_ids": c, "rejected_ids": r}
             pairs.append({**ids, "ref_chosen_logps": ref_c, "ref_rejected_logps": ref_r})
-    batch = Batch(ranked, BETA)
     by_votes = GroupDPOTrainer(policy, [], recipe, scratch, [])
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
@@ -196,7 +194,7 @@ def dpo(folder: str, groups: Sequence[Tokens], scratch: Path) -> list[Work]:
 
     count, completions = 2 * len(pairs), sum(len(g.completions) for g in groups)
     return [
-        Work("rlhf", completions, policy.model, lambda: by_votes.compute_loss(policy.model, by_votes.collate(batch))),
+        Work("rlhf", completions, policy.model, lambda: by_votes.part_loss(policy.model, ranked, ranked, BETA)),
         Work("TRL DPOTrainer, reference precomputed", count, theirs, lambda: of_pairs(True)),
         Work("TRL DPOTrainer", count, theirs, lambda: of_pairs(False)),
     ]

@@ -162,7 +162,7 @@ def run_ours(loop: str, s: Settings, model: Path, folder: Path) -> Measured:
             )
             recorder = Recorder(run, journal, MetricsWriter(run.metrics, ()), stream, {})
             trainer = GroupDPOTrainer(policy, stream, recipe, partial_dir(run), [recorder, watch])
-            recorder.trainer = trainer
+            recorder.learner = trainer
             trainer.train()
     journalled = replay(read(run.journal))
     rows = read_metrics(run.metrics)

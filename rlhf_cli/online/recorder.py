@@ -12,7 +12,7 @@ from rlhf_cli.journal.events import CheckpointSaved, StepTrained
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.metrics import MetricsWriter
 from rlhf_cli.journal.run_dir import RunDir
-from rlhf_cli.learner.dpo import GroupDPOTrainer
+from rlhf_cli.learner.online import OnlineLearner
 from rlhf_cli.learner.watch import check_gradients
 from rlhf_cli.online.checkpoint import publish
 from rlhf_cli.online.stream import Fresh, Stream
@@ -31,7 +31,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.run, self.journal, self.metrics, self.stream = run, journal, metrics, stream
         self.consumed = consumed
-        self.trainer: GroupDPOTrainer | None = None
+        self.learner: OnlineLearner | None = None
         self.last_saved = max(consumed, default=0)
         self._step_started = time.perf_counter()
 
@@ -71,8 +71,8 @@ class Recorder(TrainerCallback):
         self.journal.append(CheckpointSaved(step=state.global_step, path=str(path.relative_to(self.run.path))))
 
     def _row(self, logs: dict[str, float]) -> dict[str, float]:
-        stream, trainer, batch = self.stream, self.trainer, self.stream.batch
-        assert trainer is not None
+        stream, learner, batch = self.stream, self.learner, self.stream.batch
+        assert learner is not None
         assert batch is not None
         now = time.perf_counter()
         spent = stream.policy.phase.lap()
@@ -83,7 +83,7 @@ class Recorder(TrainerCallback):
             "train/loss": logs["loss"],
             "train/grad_norm": logs["grad_norm"],
             "train/learning_rate": logs["learning_rate"],
-            **trainer.step_metrics,
+            **learner.step_metrics,
             **_fresh(stream.fresh),
             "staleness/mean_steps": statistics.fmean(ages),
             "staleness/max_steps": float(max(ages)),

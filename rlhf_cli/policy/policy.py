@@ -6,11 +6,13 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DataError
@@ -27,6 +29,8 @@ from rlhf_cli.policy.load import (
 from rlhf_cli.recipe.online import Sampling
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Completion, Group, Message, Prompt
+
+REFERENCE = "reference.safetensors"
 
 
 class Stopwatch:
@@ -188,6 +192,26 @@ class Policy:
             targets = dict(self.generator.named_parameters())
             for name, weight in trained_weights(self.model):
                 targets[name].copy_(weight)
+
+    @torch.no_grad()
+    def renew_reference(self) -> None:
+        """Hold the policy from now on to what it is now; groups that were sampled keep the reference of then."""
+        targets = dict(self.reference.named_parameters())
+        for name, weight in trained_weights(self.model):
+            targets[name].copy_(weight)
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the weights of the reference that are not those of the model that training started from."""
+        weights = dict(self.reference.named_parameters())
+        own = {name: weights[name].detach().contiguous() for name, _ in trained_weights(self.model)}
+        save_file(own, folder / REFERENCE)
+
+    @torch.no_grad()
+    def load_reference(self, folder: Path) -> None:
+        """Read what `save_reference` wrote."""
+        targets = dict(self.reference.named_parameters())
+        for name, weight in load_file(folder / REFERENCE).items():
+            targets[name].copy_(weight)
 
     def save(self, path: str) -> None:
         """Save model (adapters merged in) and tokenizer as a folder that `from_pretrained` loads."""

@@ -26,7 +26,7 @@ from rlhf_cli.journal.events import StageStarted
 from rlhf_cli.journal.metrics import MetricsWriter, read_metrics
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
-from rlhf_cli.learner.dpo import GroupDPOTrainer
+from rlhf_cli.learner.online import online_learner
 from rlhf_cli.online.checkpoint import Checkpoint, latest, partial_dir
 from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
@@ -204,22 +204,22 @@ def _recording(session: Session) -> Recording | None:
 
 
 def _train(session: Session, stream: Stream, policy: Policy, checkpoint: Checkpoint | None) -> None:
-    """Let TRL's trainer pull batches from the stream until all steps are taken; save when it has to stop early."""
+    """Let the learner pull batches from the stream until all steps are taken; save when it has to stop early."""
     run = session.run
     metrics = MetricsWriter(run.metrics, session.observers)
     recorder = Recorder(run, session.journal, metrics, stream, dict(checkpoint.consumed) if checkpoint else {})
-    trainer = GroupDPOTrainer(policy, stream, session.recipe, partial_dir(run), [recorder])
-    recorder.trainer = trainer
+    reward_model = run.train_rm_model if run.train_rm_model.exists() else None
+    learner = online_learner(policy, stream, session.recipe, partial_dir(run), [recorder], reward_model)
+    recorder.learner = learner
     stream.step = checkpoint.step if checkpoint else 0
-    if stream.step == stream.online.steps:  # everything was trained, only the final model was not saved yet
-        trainer._load_from_checkpoint(str(checkpoint.path))  # type: ignore[union-attr]
+    if checkpoint is not None and checkpoint.step == stream.online.steps:  # only the final model was not saved yet
+        learner.load(checkpoint.path)
         return
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        learner.resume(checkpoint.path if checkpoint else None)
     except (Stopped, BudgetReached, FlowUnavailable, FlowRefused, CredentialsError) as error:
         if stream.step > recorder.last_saved:
-            trainer._save_checkpoint(trainer.model, None)
-            recorder.on_save(trainer.args, trainer.state, trainer.control)
+            learner.save()
         raise _with_what_was_kept(error, session, stream) from error
 
 

@@ -155,7 +155,7 @@ def test_our_loss_of_one_pair_is_the_loss_of_trl(recipe: MakeRecipe, tiny: str, 
     theirs.backward()
     their_gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
-    ours = trainer.compute_loss(policy.model, trainer.collate(Batch([pair(policy)], 0.1)))
+    ours = trainer.part_loss(policy.model, [pair(policy)], [pair(policy)], 0.1)
     ours.backward()
 
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
@@ -214,7 +214,7 @@ def test_a_resumed_run_draws_only_what_is_left_and_ends_with_the_same_weights(
 def test_a_checkpoint_can_be_saved_between_steps_and_loaded_without_training(
     recipe: MakeRecipe, tiny: str, tmp_path: Path, kind: str
 ) -> None:
-    """`_save_checkpoint` and `_load_from_checkpoint`, which a stop and a finished but unsaved run need."""
+    """`save` and `load`, which a stop and a finished but unsaved run need."""
     plan = online(recipe, kind, checkpoint_every=100)
     policy = Policy(tiny, plan)
 
@@ -228,13 +228,13 @@ def test_a_checkpoint_can_be_saved_between_steps_and_loaded_without_training(
     trainer = GroupDPOTrainer(policy, batches(), plan, tmp_path, [])
     with pytest.raises(Enough):
         trainer.train()
-    trainer._save_checkpoint(trainer.model, None)
+    trainer.save()
     checkpoint = tmp_path / "checkpoint-1"
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
         p.name for p in checkpoint.iterdir()
     }
     again = Policy(tiny, plan)
-    GroupDPOTrainer(again, [], plan, tmp_path, [])._load_from_checkpoint(str(checkpoint))
+    GroupDPOTrainer(again, [], plan, tmp_path, []).load(checkpoint)
     assert same(weights(policy.model), weights(again.model))
 
 
