@@ -17,7 +17,7 @@ from rlhf_cli.errors import CredentialsError, FlowRefused, FlowUnavailable
 from rlhf_cli.feedback.buying import Buyer
 from rlhf_cli.feedback.doubles import Sold, unknown_items
 from rlhf_cli.feedback.figures import Figures
-from rlhf_cli.feedback.items import Asked, Item, Shown
+from rlhf_cli.feedback.items import Asked, Item, Shown, as_rows
 from rlhf_cli.feedback.late import LateLooks, Seen
 from rlhf_cli.feedback.recall import DECIDED, DOUBLED, ended_early, item_ids, item_of, seen_of, sold_by
 from rlhf_cli.flow.base import BadAnswer, Flow, FlowSpec, ItemState, ItemStatus
@@ -32,7 +32,7 @@ from rlhf_cli.journal.events import (
 )
 from rlhf_cli.journal.replay import Ask, GroupState
 from rlhf_cli.ranking.stopping import judge_best
-from rlhf_cli.types import Group, RankedGroup, Unranked
+from rlhf_cli.types import Group, RankedGroup, Segment, Unranked
 
 Incomplete = Literal["use", "drop", "resubmit_once"]
 
@@ -113,7 +113,13 @@ class Asking:
         Raises:
             FlowRefused: It cannot.
         """
-        if self._terms.stop_when_decided is not None and not (await self._flow.capabilities()).live_votes:
+        can = await self._flow.capabilities()
+        if self._spec.segments and not can.segments:
+            raise FlowRefused(
+                "run_online.segments lets raters mark spans, but this service has no such thing. "
+                "Leave the section out, or vote at a server of ours (`rlhf serve`)."
+            )
+        if self._terms.stop_when_decided is not None and not can.live_votes:
             raise FlowRefused(
                 "flow.stop_when_decided ends an item once its votes have decided the ranking, but this service shows "
                 "no votes before an item's end. Leave the key out, or vote at a service that shows them."
@@ -376,7 +382,18 @@ class Asking:
         if status.state is ItemState.FAILED:
             self._note(f"{failure}; {wins.votes:g} votes had come before")
         item.ended, item.votes = wins, wins.votes
+        if self._spec.segments and wins.votes:
+            item.segments = await self._marks(asked, item)
         self._item_over(asked, item)
+
+    async def _marks(self, asked: Asked, item: Item) -> tuple[Segment, ...]:
+        """What raters marked. Marks that make no sense are left out, all of them: the votes stand without."""
+        try:
+            marked = await self._flow.segments(item.item_id, asked.shown.texts)
+        except BadAnswer as error:
+            self._note(f"{error} Its votes train without marks.")
+            return ()
+        return asked.shown.marks_over_all(marked or ())
 
     def _lose(self, asked: Asked, item: Item, reason: str) -> None:
         item.lost = reason
@@ -395,7 +412,14 @@ class Asking:
             rows = None if item.ended is None else asked.shown.rows(item.ended)
             state = str(item.state or ItemState.PENDING)
             self._journal(
-                ItemEnded(group_id=asked.group.id, item_id=item.item_id, state=state, votes=item.votes, wins=rows)
+                ItemEnded(
+                    group_id=asked.group.id,
+                    item_id=item.item_id,
+                    state=state,
+                    votes=item.votes,
+                    wins=rows,
+                    segments=as_rows(item.segments),
+                )
             )
             item.recorded = True
 
@@ -437,7 +461,14 @@ class Asking:
         source, latency_s = f"item:{asked.names()}", asked.waited_s + self._clock() - asked.since
         wins = asked.shown.over_all(asked.votes())
         rows = asked.shown.rows(asked.votes())
-        event = GroupRanked(group_id=asked.group.id, source=source, wins=rows, latency_s=latency_s, complete=complete)
+        event = GroupRanked(
+            group_id=asked.group.id,
+            source=source,
+            wins=rows,
+            latency_s=latency_s,
+            complete=complete,
+            segments=asked.segments(),
+        )
         self._journal(event)
         if any(item.decided_early for item in asked.items):
             self._figures.saved += max(0.0, self._spec.responses.desired - wins.votes)

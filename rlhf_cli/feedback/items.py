@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlhf_cli.flow.base import ItemState
-from rlhf_cli.types import Group, WinMatrix
+from rlhf_cli.types import Group, Segment, WinMatrix
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -23,6 +23,8 @@ class Shown:
     """What raters read, and what the service calls the completions by."""
     size: int
     """Of the whole group."""
+    skipped: tuple[int, ...]
+    """Blank characters before each text, which are not shown."""
 
     @classmethod
     def of(cls, group_id: str, completions: Sequence[str]) -> Shown:
@@ -31,7 +33,8 @@ class Shown:
             text = completion.strip()
             if text:
                 first.setdefault(text, index)
-        return cls(group_id, tuple(first.values()), tuple(first), len(completions))
+        skipped = [len(completions[index]) - len(completions[index].lstrip()) for index in first.values()]
+        return cls(group_id, tuple(first.values()), tuple(first), len(completions), tuple(skipped))
 
     def none(self) -> WinMatrix:
         """No votes on what is shown."""
@@ -46,6 +49,11 @@ class Shown:
     def rows(self, wins: WinMatrix) -> Rows:
         """Votes on what is shown as the journal has them: over the whole group."""
         return tuple(tuple(row) for row in self.over_all(wins).wins.tolist())
+
+    def marks_over_all(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Marks in what is shown as marks in the completions of the whole group."""
+        places = [(self.indices[s.completion], self.skipped[s.completion], s) for s in segments]
+        return tuple(Segment(index, s.start + skipped, s.end + skipped, s.good) for index, skipped, s in places)
 
     def read(self, rows: Rows) -> WinMatrix:
         """The inverse of `rows`."""
@@ -73,6 +81,8 @@ class Item:
     decided_early: bool = False
     ended: WinMatrix | None = None
     """The first terminal snapshot, over what is shown."""
+    segments: tuple[Segment, ...] = ()
+    """What raters had marked by then, over the whole group."""
     lost: str | None = None
     """Why there will be no snapshot."""
     recorded: bool = False
@@ -110,6 +120,15 @@ class Asked:
         """Of all items that ended."""
         return WinMatrix(sum((i.ended.wins for i in self.items if i.ended is not None), self.shown.none().wins))
 
+    def segments(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """Marks of all items, as the journal has them."""
+        return as_rows(segment for item in self.items for segment in item.segments)
+
     def names(self) -> str:
         """Ids of the items whose votes are in `votes`; of all where there are none."""
         return "+".join([i.item_id for i in self.items if i.ended is not None] or [i.item_id for i in self.items])
+
+
+def as_rows(segments: Iterable[Segment]) -> tuple[tuple[int, int, int, bool], ...]:
+    """Marks as the journal has them."""
+    return tuple((s.completion, s.start, s.end, s.good) for s in segments)

@@ -7,7 +7,7 @@ from rlhf_cli.feedback.items import Item, Shown
 from rlhf_cli.feedback.late import Seen
 from rlhf_cli.flow.base import ItemState
 from rlhf_cli.journal.replay import GroupState
-from rlhf_cli.types import WinMatrix
+from rlhf_cli.types import Segment, WinMatrix
 
 DECIDED, DOUBLED = "the ranking is decided", "one of two items on one dataset"
 """Why we stop items."""
@@ -25,6 +25,7 @@ def item_of(known: GroupState, shown: Shown, item_id: str, now: float) -> Item:
     for ended in known.ended:
         if ended.item_id == item_id:
             item.state, item.votes, item.recorded = ItemState(ended.state), ended.votes, True
+            item.segments = tuple(Segment(*segment) for segment in ended.segments)
             item.ended = shown.read(ended.wins) if ended.wins is not None else None
             item.lost = None if item.ended is not None else f"item {item_id} ended {ended.state} without its votes"
     return item

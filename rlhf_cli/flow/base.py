@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf_cli.errors import FlowRefused, FlowUnavailable
-from rlhf_cli.types import WinMatrix
+from rlhf_cli.types import Segment, WinMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,15 @@ class FlowSpec:
     instruction: str
     responses: Responses
     ttl_s: float
+    segments: bool = False
+    """Whether raters may mark spans of what they compare."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the content as hex: two flows with the same fingerprint ask the same question."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        content = asdict(self)
+        if not self.segments:  # as it was before there were any
+            del content["segments"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def title(self) -> str:
@@ -105,6 +110,8 @@ class Capabilities:
     """Can be told that work is coming, so that people are there when it does."""
     list_filter: bool = False
     """Lists items by state and time of creation."""
+    segments: bool = False
+    """Lets raters mark spans of what they compare, and shows what they marked."""
     ttl_min_s: float = 0.0
     """Shortest time to live of an item, seconds."""
     ttl_max_s: float = math.inf
@@ -199,6 +206,12 @@ class Flow(Protocol):
         """The votes on an item in the order of `assets`, its candidates.
 
         None while the service does not show them; `partial` asks for votes of an item that is still running.
+        """
+
+    async def segments(self, item_id: str, assets: Sequence[str]) -> tuple[Segment, ...] | None:
+        """What raters marked in the texts of an item, one entry for every mark; `completion` counts in `assets`.
+
+        None while the service does not show it. Only where the capabilities have `segments`.
         """
 
     async def results(self, item_id: str, assets: Sequence[Asset]) -> ItemResults | None:

@@ -30,8 +30,8 @@ from rlhf_cli.flow.base import (
 )
 from rlhf_cli.flow.credentials import Credentials
 from rlhf_cli.flow.http import PATIENT, Answer, HttpCalls, Patience
-from rlhf_cli.flow.labels import Nameless, elo_in_order_of, identifier, in_order_of, name_of
-from rlhf_cli.types import WinMatrix
+from rlhf_cli.flow.labels import Nameless, elo_in_order_of, identifier, in_order_of, name_of, segments_in_order_of
+from rlhf_cli.types import Segment, WinMatrix
 
 PAGE_SIZE = 100
 NEWEST_PAGES = 3
@@ -115,6 +115,7 @@ class FlowClient:
             min_responses=responses.min,
             max_responses=responses.max,
             serve_responses=await self._desired(spec),
+            mark_segments=await self._marks(spec),
         )
         created = await self._create("/flow/ranking", wire.FlowCreated, body, str(uuid.uuid4()))
         return created.flow_id
@@ -131,6 +132,8 @@ class FlowClient:
         flow = await self._calls.find(f"/flow/{_id(flow_id)}", wire.FlowDocument, absent=404)
         if flow is None or await self._desired(spec) not in (None, flow.serve_responses or flow.max_responses):
             return False
+        if await self._marks(spec) not in (None, bool(flow.mark_segments)):
+            return False
         wanted = (spec.instruction, spec.responses.min, spec.responses.max)
         return (flow.criteria, flow.min_responses, flow.max_responses) == wanted
 
@@ -140,6 +143,7 @@ class FlowClient:
             min_responses=spec.responses.min,
             max_responses=spec.responses.max,
             serve_responses=await self._desired(spec),
+            mark_segments=await self._marks(spec),
         )
         await self._calls.send("PATCH", f"/flow/ranking/{_id(flow_id)}", body)
 
@@ -224,6 +228,10 @@ class FlowClient:
                 await self._keep_votes(item_id)
         return wins
 
+    async def segments(self, item_id: str, assets: Sequence[str]) -> tuple[Segment, ...] | None:
+        answer = await self._about("segments", item_id, wire.ItemSegments)
+        return None if answer is None else segments_in_order_of(assets, answer, item_id)
+
     async def results(self, item_id: str, assets: Sequence[Asset]) -> ItemResults | None:
         results = await self._about("results", item_id, wire.SeenResults)
         if results is None:
@@ -251,6 +259,10 @@ class FlowClient:
     async def _desired(self, spec: FlowSpec) -> int | None:
         """Where the service may stop asking. The vendor has the member, but only stops serving there: see `mapping`."""
         return spec.responses.desired if (await self.capabilities()).desired else None
+
+    async def _marks(self, spec: FlowSpec) -> bool | None:
+        """Whether raters may mark spans; None at a service that knows of no such thing."""
+        return spec.segments if (await self.capabilities()).segments else None
 
     async def _add(self, dataset_id: str, place: int, asset: Asset, uploaded: str | None) -> str:
         name = identifier(dataset_id, place)

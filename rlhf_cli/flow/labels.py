@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 
 from rlhf_cli.flow import wire
 from rlhf_cli.flow.base import Asset, BadAnswer, ImageFile, ImageUrl, ItemResults
-from rlhf_cli.types import WinMatrix
+from rlhf_cli.types import Segment, WinMatrix
 
 _IDENTIFIER = re.compile(r"rlhf:(.{1,200}):([0-9]{1,5})")
 
@@ -70,6 +71,25 @@ def in_order_of(
         return WinMatrix(wins)
     except ValueError as error:
         raise _bad(item_id, str(error)) from error
+
+
+def segments_in_order_of(names: Sequence[str], answer: wire.ItemSegments, item_id: str) -> tuple[Segment, ...]:
+    """What raters marked, by the order in which the texts `names` were sent; in their order, then by place.
+
+    Raises:
+        BadAnswer: As for `in_order_of`, or a mark is not in its text.
+    """
+    if len(answer.index) != len(names):
+        raise _bad(item_id, f"{len(names)} candidates were sent, marks are about {len(answer.index)}")
+    places = _places(names, answer.index, answer.index, answer.sort_index, item_id)
+    if places is None:
+        raise BadAnswer(_unknown(names, answer.index, item_id))
+    found = []
+    for mark in answer.segments:
+        if mark.candidate >= len(places) or not mark.start < mark.end <= len(names[places[mark.candidate]]):
+            raise _bad(item_id, f"characters {mark.start} to {mark.end} were marked where there are none")
+        found.append(Segment(places[mark.candidate], mark.start, mark.end, mark.good))
+    return tuple(sorted(found, key=astuple))
 
 
 def elo_in_order_of(names: Sequence[str], results: wire.SeenResults, item_id: str) -> ItemResults:

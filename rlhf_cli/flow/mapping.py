@@ -40,6 +40,7 @@ def mapping(
         _early(capabilities, stop_when_decided),
         _group(capabilities, group_size),
         _lost_answers(capabilities),
+        *_segments(spec),
     )
 
 
@@ -55,6 +56,8 @@ def _problems(can: Capabilities, spec: FlowSpec, group_size: int, early: float |
         problems.append(
             "flow.stop_when_decided is set, and votes are not shown before an item has ended here; leave it out."
         )
+    if spec.segments and not can.segments:
+        problems.append("run_online.segments is set, and raters cannot mark anything here; leave it out.")
     return problems
 
 
@@ -108,6 +111,11 @@ def _lost_answers(can: Capabilities) -> Mapped:
         return Mapped("creation", "once", "Idempotency-Key", "a repeated creation makes nothing new")
     note = "no keys here: after a lost answer we wait flow.settle_s and look in the list before asking again"
     return Mapped("creation", "once", "nothing", note)
+
+
+def _segments(spec: FlowSpec) -> tuple[Mapped, ...]:
+    note = "raters may mark spans of the texts; marks are read at an item's end"
+    return (Mapped("segments", "marked", "markSegments true", note),) if spec.segments else ()
 
 
 def _bounds(can: Capabilities) -> str:

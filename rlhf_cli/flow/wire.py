@@ -13,6 +13,8 @@ from rlhf_cli.flow.base import Capabilities, ItemState, ItemStatus
 MAX_TEXT_BYTES = 32 * 1024
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 16
 MAX_TTL_S = 7 * 86400
+MAX_SEGMENTS = 64
+"""Most marks in one vote."""
 MAX_VOTES = 1_000_000_000
 """No item has as many; whoever says more is not to be believed."""
 
@@ -48,7 +50,7 @@ class FeatureFlag(Body):
 
 
 class FlowSettings(Sent):
-    """Members of a flow that are optional and nullable. Our server acts on the first two and keeps the others."""
+    """Members of a flow that are optional and nullable. Our server acts on the first two and the last one."""
 
     drain_duration_seconds: int | None = Field(None, ge=0, le=MAX_TTL_S)
     """Seconds before an item's end at which nobody new is asked."""
@@ -67,6 +69,8 @@ class FlowSettings(Sent):
     pid_min_sessions_per_minute: int | None = None
     pid_max_sessions_per_minute: int | None = None
     pid_batch_mode: Literal["Total", "PerBatch", "PerBatchTimeWeighted"] | None = None
+    mark_segments: bool | None = None
+    """Ours: whether raters may mark spans of texts."""
 
     def settings(self) -> dict[str, Any]:
         """Those that were sent, as on the wire; a list that is null is an empty one."""
@@ -111,6 +115,7 @@ class FlowDocument(Body):
     max_responses: int
     serve_responses: int | None = None
     goal: str | None = None
+    mark_segments: bool | None = None
     feature_flags: list[Any] | None = []
     flow_item_count: int | None = 0
     starting_elo: int | None = 1200
@@ -372,6 +377,24 @@ class VoteMatrix(Body):
     sort_index: list[int] | None = None
 
 
+class ItemSegment(Body):
+    """A span that a rater marked: characters `start` (included) to `end` (excluded), by Unicode code point."""
+
+    candidate: int = Field(ge=0)
+    """Place in `index`."""
+    start: int = Field(ge=0)
+    end: int
+    good: bool
+
+
+class ItemSegments(Body):
+    """All marks in the counted votes on an item; `index` and `sort_index` as in the vote matrix."""
+
+    index: list[str]
+    sort_index: list[int] | None = None
+    segments: list[ItemSegment]
+
+
 class CapabilityDocument(Body):
     """What is found under `/.well-known/rlhf-flow`."""
 
@@ -381,6 +404,7 @@ class CapabilityDocument(Body):
     raw_votes: bool = False
     preheat: bool = False
     list_filter: bool = False
+    segments: bool = False
     ttl_min_s: FiniteFloat = Field(0.0, ge=0)
     ttl_max_s: FiniteFloat | None = Field(None, gt=0)
     max_candidates: int | None = Field(None, ge=MIN_CANDIDATES)
@@ -396,6 +420,7 @@ OURS = Capabilities(
     live_votes=True,
     raw_votes=True,
     list_filter=True,
+    segments=True,
     ttl_max_s=MAX_TTL_S,
     max_candidates=MAX_CANDIDATES,
 )
@@ -414,11 +439,30 @@ class Lease(Body):
     right: str
     context_images: list[str] = []
     """Paths of images to show above the pair."""
+    segments: bool = False
+    """Whether spans of the two texts may be marked."""
     expires: float
     """Unix time in seconds."""
 
 
 Outcome = Literal["left", "right", "tie", "both_bad", "skip"]
+
+
+class CastSegment(BaseModel):
+    """What a rater marked in one of the two texts: code points `start` (included) to `end` (excluded)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    side: Literal["left", "right"]
+    start: int = Field(ge=0)
+    end: int = Field(le=MAX_TEXT_BYTES)
+    good: bool
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> CastSegment:
+        if self.start >= self.end:
+            raise ValueError("a segment ends after its start")
+        return self
 
 
 class CastVote(BaseModel):
@@ -428,3 +472,4 @@ class CastVote(BaseModel):
 
     outcome: Outcome
     response_ms: int | None = Field(None, ge=0, le=86_400_000)
+    segments: tuple[CastSegment, ...] = Field((), max_length=MAX_SEGMENTS)

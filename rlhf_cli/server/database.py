@@ -100,6 +100,13 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX gold_leases_by_rater ON gold_leases (rater_id, gold_id);
     """,
+    """
+    CREATE TABLE segments (
+        vote_id INTEGER NOT NULL REFERENCES votes(id), side TEXT NOT NULL,
+        start INTEGER NOT NULL, stop INTEGER NOT NULL, good INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX segments_by_vote ON segments (vote_id);
+    """,
 )
 """Each brings the file from version i to i + 1; applied ones are never edited."""
 

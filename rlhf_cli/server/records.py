@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.flow.wire import Outcome
 from rlhf_cli.ranking.pairs import Goal
+from rlhf_cli.types import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Vote:
     late: bool
     undone: bool
     created_at: float
+    segments: tuple[Segment, ...] = ()
+    """What was marked; `completion` is a position in the item."""
 
     @property
     def counts(self) -> bool:
@@ -134,7 +138,7 @@ def candidate_of(row: sqlite3.Row) -> Candidate:
     return Candidate(row["id"], row["sort_index"], row["original_name"] or row["text"], row["hash"])
 
 
-def vote_of(row: sqlite3.Row) -> Vote:
+def vote_of(row: sqlite3.Row, segments: Iterable[sqlite3.Row] = ()) -> Vote:
     return Vote(
         lease_id=row["lease_id"],
         item_id=row["item_id"],
@@ -146,4 +150,5 @@ def vote_of(row: sqlite3.Row) -> Vote:
         late=bool(row["late"]),
         undone=bool(row["undone"]),
         created_at=row["created_at"],
+        segments=tuple(Segment(row[s["side"]], s["start"], s["stop"], bool(s["good"])) for s in segments),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -88,6 +90,21 @@ async def get_vote_matrix(request: Request, store: Store, _: Token) -> Response:
 
 
 @for_role("client", "owner")
+async def get_segments(request: Request, store: Store, _: Token) -> Response:
+    """What raters marked in votes that count, one entry for every mark."""
+    item = _readable(store, request)
+    candidates = store.candidates(item.id)
+    marks = [
+        wire.ItemSegment(candidate=s.completion, start=s.start, end=s.end, good=s.good)
+        for vote in store.votes(item.id)
+        if vote.counts
+        for s in vote.segments
+    ]
+    places = [candidate.sort_index for candidate in candidates]
+    return JSONResponse(wire.ItemSegments(index=labels(candidates), sort_index=places, segments=marks).to_json())
+
+
+@for_role("client", "owner")
 async def get_votes(request: Request, store: Store, _: Token) -> Response:
     """Raw votes in the order they arrived, by pseudonym; those that do not count too, and why."""
     item = store.item(request.path_params["item_id"])
@@ -107,6 +124,7 @@ async def get_votes(request: Request, store: Store, _: Token) -> Response:
             "late": vote.late,
             "undone": vote.undone,
             "createdAt": iso(vote.created_at),
+            "segments": [{**asdict(s), "completion": places[s.completion]} for s in vote.segments],
         }
         for vote in votes[(page - 1) * size : page * size]
     ]
@@ -164,6 +182,7 @@ _ITEM = "/flow/ranking/item/{item_id}"
 routes = [
     Route(f"{_ITEM}/results", get_results, methods=["GET"]),
     Route(f"{_ITEM}/vote-matrix", get_vote_matrix, methods=["GET"]),
+    Route(f"{_ITEM}/segments", get_segments, methods=["GET"]),
     Route(f"{_ITEM}/ranking", get_ranking, methods=["GET"]),
     Route(f"{_ITEM}/votes", get_votes, methods=["GET"]),
 ]

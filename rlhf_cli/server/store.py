@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.flow.base import ItemState, Responses
-from rlhf_cli.flow.wire import MAX_CANDIDATES, MIN_CANDIDATES, Outcome
+from rlhf_cli.flow.wire import MAX_CANDIDATES, MIN_CANDIDATES, CastSegment, Outcome
 from rlhf_cli.ranking.pairs import Goal, Pair, choose_pair
 from rlhf_cli.ranking.stopping import judge_best
 from rlhf_cli.server import items
@@ -340,11 +340,20 @@ class Store:
             expires_at=expires_at,
         )
 
-    def vote(self, lease_id: str, rater_id: str, outcome: Outcome, response_ms: int | None = None) -> bool:
-        """Keep a vote; durable once this returns. False when it came too late to count.
+    def vote(
+        self,
+        lease_id: str,
+        rater_id: str,
+        outcome: Outcome,
+        response_ms: int | None = None,
+        segments: Sequence[CastSegment] = (),
+    ) -> bool:
+        """Keep a vote, and what was marked in the two texts; durable once this returns.
+
+        False when it came too late to count.
 
         Raises:
-            Problem: 404 unknown lease, 403 somebody else's, 409 already answered.
+            Problem: 404 unknown lease, 403 somebody else's, 409 already answered, 400 a mark is not in its text.
         """
         with self._database.transaction() as db:
             now = self._advance(db)
@@ -354,10 +363,14 @@ class Store:
             if lease["state"] != "live" and _answered(db, lease_id):
                 raise Problem(409, "this pair was already answered")
             in_time, item_id = bool(lease["state"] == "live"), lease["item_id"]
-            db.execute(
+            if segments:
+                _check_segments(segments, lease, self.candidates(item_id))
+            cast = db.execute(
                 "INSERT INTO votes VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (lease_id, item_id, rater_id, lease["left"], lease["right"], outcome, response_ms, not in_time, now),
             )
+            marks = [(cast.lastrowid, s.side, s.start, s.end, s.good) for s in segments]
+            db.executemany("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", marks)
             if in_time:
                 counts = outcome != "skip"
                 items.close_lease(db, lease_id, item_id, "counted" if counts else "skipped", int(counts))
@@ -377,7 +390,15 @@ class Store:
         where, values = ("WHERE item_id = ?", (item_id,)) if item_id is not None else ("", ())
         with self._database.transaction() as db:
             rows = db.execute(f"SELECT * FROM votes {where} ORDER BY id DESC LIMIT ?", (*values, latest)).fetchall()
-        return [vote_of(row) for row in reversed(rows)]
+            marks: dict[int, list[sqlite3.Row]] = {}
+            oldest = rows[-1]["id"] if rows else 0
+            where = f"{where} AND" if where else "WHERE"
+            for mark in db.execute(
+                f"SELECT s.* FROM segments s JOIN votes v ON v.id = s.vote_id {where} s.vote_id >= ? ORDER BY s.rowid",
+                (*values, oldest),
+            ):
+                marks.setdefault(mark["vote_id"], []).append(mark)
+        return [vote_of(row, marks.get(row["id"], ())) for row in reversed(rows)]
 
     def matrix(self, item_id: str) -> WinMatrix:
         """The counted votes on an item by position; a tie, and two bad ones, are half a vote each way."""
@@ -449,6 +470,13 @@ def _media_hash(db: sqlite3.Connection, name: str) -> str:
     if row is None:
         raise Problem(400, f"no image {name!r} was uploaded here; upload it again", {"name": ["unknown image"]})
     return str(row["hash"])
+
+
+def _check_segments(segments: Sequence[CastSegment], lease: sqlite3.Row, candidates: Sequence[Candidate]) -> None:
+    for segment in segments:
+        candidate = candidates[lease[segment.side]]
+        if candidate.media is not None or segment.end > len(candidate.text):
+            raise Problem(400, "a mark is not in its text", {"segments": [f"{segment.end} is beyond the end"]})
 
 
 def _answered(db: sqlite3.Connection, lease_id: str) -> bool:

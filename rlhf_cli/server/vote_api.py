@@ -49,7 +49,8 @@ async def vote(request: Request, store: Store, rater: Token) -> Response:
     """Take an answer; by the time of the reply it is on disk."""
     body, _ = await read(request, wire.CastVote)
     lease_id = request.path_params["lease"]
-    if not await store.together(lambda: voting.vote(store, lease_id, rater.id, body.outcome, body.response_ms)):
+    cast = (body.outcome, body.response_ms, body.segments)
+    if not await store.together(lambda: voting.vote(store, lease_id, rater.id, *cast)):
         raise Problem(410, "too late: the pair went back or its item has ended; the answer is kept but does not count")
     return Response(status_code=204)
 
@@ -104,6 +105,7 @@ def _body(shown: voting.Shown) -> dict[str, Any]:
         left=pair.left,
         right=pair.right,
         context_images=list(pair.context_images),
+        segments=shown.segments,
         expires=pair.expires_at,
     ).to_json()
     # The reader's clock may be wrong by minutes, so it is told how long, not only until when.

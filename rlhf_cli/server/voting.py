@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.flow.wire import Outcome
+from rlhf_cli.flow.wire import CastSegment, Outcome
 from rlhf_cli.server import gold, items
 from rlhf_cli.server.problems import Problem
 from rlhf_cli.server.records import LeasedPair, item_of
@@ -25,6 +26,16 @@ class Shown:
     seconds: float
     """Until it goes back."""
     markdown: bool
+    segments: bool
+    """Whether spans may be marked; then the texts are shown as they are, for places in markdown are not theirs."""
+
+    @classmethod
+    def of(cls, pair: LeasedPair, flow: sqlite3.Row, now: float) -> Shown:
+        settings = json.loads(flow["settings"])
+        flags = settings.get("featureFlags") or []
+        markdown = any(flag.get("key") == MARKDOWN_FLAG and flag.get("value") == "true" for flag in flags)
+        segments = bool(settings.get("markSegments")) and not pair.images
+        return cls(pair, pair.expires_at - now, markdown and not segments, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +66,23 @@ def lease(store: Store, rater_id: str, rng: random.Random) -> Shown | None:
             assert flow is not None
             pair = gold.draw(db, flow["id"], rater_id, now, store.lease_s, rng)
             assert pair is not None
-        return Shown(pair, pair.expires_at - now, _markdown(flow))
+        return Shown.of(pair, flow, now)
 
 
-def vote(store: Store, lease_id: str, rater_id: str, outcome: Outcome, response_ms: int | None) -> bool:
-    """Keep a vote, on a gold pair or any other; see `Store.vote`."""
+def vote(
+    store: Store,
+    lease_id: str,
+    rater_id: str,
+    outcome: Outcome,
+    response_ms: int | None,
+    segments: Sequence[CastSegment] = (),
+) -> bool:
+    """Keep a vote, on a gold pair or any other; see `Store.vote`. Marks in gold pairs teach nobody and are not kept."""
     with store.now() as (db, now):
         gold_lease = gold.find(db, lease_id, rater_id)
         if gold_lease is not None:
             return gold.answer(db, gold_lease, outcome, response_ms, now)
-        return store.vote(lease_id, rater_id, outcome, response_ms)
+        return store.vote(lease_id, rater_id, outcome, response_ms, segments)
 
 
 def renew(store: Store, lease_id: str, rater_id: str) -> float:
@@ -118,7 +136,7 @@ def undo(store: Store, lease_id: str, rater_id: str) -> Shown:
         else:
             flow = _flow_of_lease(db, lease_id)
             pair = _take_back(store, db, given, cast, now)
-        return Shown(pair, pair.expires_at - now, _markdown(flow))
+        return Shown.of(pair, flow, now)
 
 
 def progress(store: Store, rater_id: str, since: float) -> Progress:
@@ -189,8 +207,3 @@ def _has_gold(db: sqlite3.Connection, flow_id: str, rater_id: str) -> bool:
         (flow_id, rater_id),
     ).fetchone()
     return row is not None
-
-
-def _markdown(flow: sqlite3.Row) -> bool:
-    flags = json.loads(flow["settings"]).get("featureFlags") or []
-    return any(flag.get("key") == MARKDOWN_FLAG and flag.get("value") == "true" for flag in flags)

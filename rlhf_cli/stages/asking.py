@@ -86,6 +86,7 @@ def changes(before: FlowOpened, spec: FlowSpec, service: str) -> list[str]:
         "responses.desired": (before.desired_votes, spec.responses.desired),
         "responses.max": (before.max_votes, spec.responses.max),
         "ttl_s": (before.ttl_s, spec.ttl_s),
+        "segments": (before.segments, spec.segments),
     }
     said = [f"{key} changed from {old!r} to {new!r}" for key, (old, new) in pairs.items() if old != new]
     if not said and before.fingerprint != spec.fingerprint():

@@ -87,6 +87,7 @@ def _record(session: Session, spec: FlowSpec, service: str, flow_id: str) -> Non
             desired_votes=spec.responses.desired,
             max_votes=spec.responses.max,
             ttl_s=spec.ttl_s,
+            segments=spec.segments,
         )
     )
 

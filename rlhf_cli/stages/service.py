@@ -28,7 +28,8 @@ def flow_spec(recipe: Recipe) -> FlowSpec:
     section = recipe.flow
     assert section is not None
     responses = Responses(section.responses.min, section.responses.desired, section.responses.max)
-    return FlowSpec(recipe.name, section.instruction, responses, section.ttl_s)
+    segments = recipe.run_online is not None and recipe.run_online.segments is not None
+    return FlowSpec(recipe.name, section.instruction, responses, section.ttl_s, segments)
 
 
 @contextmanager

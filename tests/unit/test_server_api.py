@@ -44,6 +44,7 @@ async def test_voting_over_http_is_blind_and_counts_once(
         "left",
         "right",
         "contextImages",
+        "segments",
         "expires",
         "secondsLeft",
     }

@@ -156,7 +156,7 @@ def test_the_rater_reads_the_prompt_and_each_different_text_once(world: World) -
         until(lambda: asked.has(1))
         (ranked,) = asked.decided
         assert isinstance(ranked, RankedGroup)
-        shown = Shown("g0", (0, 2, 5), ("same", "other", "third"), 6)
+        shown = Shown("g0", (0, 2, 5), ("same", "other", "third"), 6, (0, 0, 0))
         assert ranked.wins == shown.over_all(world.store.matrix(item_id))
         assert ranked.wins.votes == 3
         assert not ranked.wins.wins[[1, 3, 4]].any()  # copies and empty ones have no votes
