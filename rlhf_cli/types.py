@@ -44,6 +44,13 @@ class Completion:
     ended: bool
     role: str = ""
     """The name of the role that sampled it; empty where a recipe names none."""
+    start_logp: float | None = None
+    """Of the whole completion under the model that training started from; None where that is the reference."""
+
+    @property
+    def kl_nats(self) -> float:
+        """How much likelier the policy makes it than the model that training started from: one sample of their KL."""
+        return sum(self.logps) - (sum(self.ref_logps) if self.start_logp is None else self.start_logp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def drift_rows(before: Sequence[Group], after: Sequence[Group]) -> dict[str, flo
     """KL of the trained policy to the model it started from, on its own answers, and the lengths of both."""
     answers_before = [c for g in before for c in g.completions]
     answers_after = [c for g in after for c in g.completions]
-    kls = [sum(c.logps) - sum(c.ref_logps) for c in answers_after]
+    kls = [c.kl_nats for c in answers_after]
     return {
         "kl_sequence_nats": fmean(kls),
         "kl_token_nats": sum(kls) / max(1, sum(len(c.token_ids) for c in answers_after)),

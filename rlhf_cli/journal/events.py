@@ -32,6 +32,7 @@ class CompletionRecord(_Event):
     ref_logps: str
     ended: bool
     role: str = ""
+    start_logp: float | None = None
 
 
 class RunStarted(_Event):
@@ -103,6 +104,7 @@ class GroupSampled(_Event):
                     ref_logps=_pack(c.ref_logps),
                     ended=c.ended,
                     role=c.role,
+                    start_logp=c.start_logp,
                 )
                 for c in group.completions
             ),
@@ -117,7 +119,7 @@ class GroupSampled(_Event):
             prompt=Prompt(self.prompt_id, tuple(Message(role, content) for role, content in self.messages)),
             prompt_ids=self.prompt_ids,
             completions=tuple(
-                Completion(c.text, c.token_ids, _unpack(c.logps), _unpack(c.ref_logps), c.ended, c.role)
+                Completion(c.text, c.token_ids, _unpack(c.logps), _unpack(c.ref_logps), c.ended, c.role, c.start_logp)
                 for c in self.completions
             ),
             policy_step=self.policy_step,

@@ -164,7 +164,7 @@ class Stream:
         return self.prompts[order[place]]
 
     def _measure(self, groups: Sequence[Group]) -> None:
-        kls = [sum(c.logps) - sum(c.ref_logps) for g in groups for c in g.completions]
+        kls = [c.kl_nats for g in groups for c in g.completions]
         self.fresh.kl_nats += kls
         self.fresh.tokens += [len(c.token_ids) for g in groups for c in g.completions]
         self.fresh.ended += [c.ended for g in groups for c in g.completions]

@@ -82,8 +82,13 @@ class Policy:
         self.generator = None if generator_dtype == base.dtype else copy.deepcopy(base).to(generator_dtype).eval()
         if reference is None:
             reference = frozen_copy(base) if train else base
-        self.reference = reference
+        self.start = self.reference = reference
+        """The model that training started from, and what the policy is held to."""
         self.model: PreTrainedModel | PeftModel = base if lora is None else get_peft_model(base, lora)
+        if train and recipe.run_online is not None and recipe.run_online.learner.reference == "previous":
+            own = {name for name, _ in trained_weights(self.model)}
+            shared = {id(p): p for name, p in reference.named_parameters() if name not in own}
+            self.reference = copy.deepcopy(reference, memo=shared)
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)
         self.pad_id = int(self.tokenizer.pad_token_id)
@@ -153,9 +158,12 @@ class Policy:
             token_ids = [s.token_ids for s in sampled]
             logps = self.logps(self.model, rows, token_ids)
             ref_logps = logps if self.reference is self.model else self.logps(self.reference, rows, token_ids)
+            start_logps: Sequence[float | None] = [None] * len(rows)
+            if self.start is not self.reference:
+                start_logps = [sum(row) for row in self.logps(self.start, rows, token_ids)]
         completions = [
-            Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended)
-            for s, logp, ref_logp in zip(sampled, logps, ref_logps, strict=True)
+            Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended, start_logp=start_logp)
+            for s, logp, ref_logp, start_logp in zip(sampled, logps, ref_logps, start_logps, strict=True)
         ]
         return [
             Group(
