@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 
 from rlhf_cli.feedback.at_once import AnswersAtOnce
 from rlhf_cli.feedback.drift import DriftWatch
+from rlhf_cli.feedback.reward_model import NOT_FINITE
+from rlhf_cli.feedback.scores import Scored
 from rlhf_cli.journal.events import Event, GroupChosen
 from rlhf_cli.journal.replay import GroupState
 from rlhf_cli.recipe.online import Selection
@@ -33,41 +34,19 @@ NOT_SELECTED = "not selected: people were not asked, see run_online.selection"
 """Why a group is set aside that people do not see."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What a reward model says about the completions of a group before anybody is asked."""
-
-    version: str
-    heads: Array
-    """Shape (H, G): a row for each head of an ensemble, else one; differences in a row are calibrated log-odds."""
-
-    @property
-    def scores(self) -> Array:
-        return np.asarray(self.heads.mean(0))
-
-    @property
-    def probabilities(self) -> Array:
-        """The calibrated probability that i is better than j."""
-        return win_probabilities(self.scores)
-
-
-def win_probabilities(scores: Array) -> Array:
-    """Logistic of every difference along the last axis: shape (..., G) to (..., G, G)."""
-    return np.asarray(0.5 + 0.5 * np.tanh(0.5 * (scores[..., :, None] - scores[..., None, :])))
-
-
 def uncertainty(scored: Scored) -> float:
-    """How unsure the model is which completion is best, from 0 to 1.
+    """How unsure a model is which completion is best, from 0 to 1.
 
     With an ensemble: how far its heads are apart on the probability of a pair, as twice the standard deviation, mean
-    over pairs; what no vote could teach (all heads say one half) does not count. Without one: how close the best two
+    over pairs; where all heads agree that a pair is even, no vote teaches anything. Without one: how close the best two
     are, twice the probability that the second is better than the first.
     """
-    if len(scored.heads) > 1:
-        wins_PH = win_probabilities(scored.heads)[:, *np.triu_indices(scored.heads.shape[1], 1)].T
-        return float(2 * wins_PH.std(1).mean())
-    second, first = np.sort(scored.scores)[-2:]
-    return float(2 * win_probabilities(np.array([first, second]))[1, 0])
+    if scored.heads is not None and len(scored.heads) > 1:
+        first, second = np.triu_indices(scored.heads.shape[1], 1)
+        wins_KP = 0.5 + 0.5 * np.tanh(0.5 * (scored.heads[:, first] - scored.heads[:, second]))
+        return float(2 * wins_KP.std(0).mean())
+    best, second_best = np.argsort(-scored.log_odds.sum(1), kind="stable")[:2]
+    return float(min(1.0, 2 * scored.probabilities[second_best, best]))
 
 
 class Chooser:
@@ -126,7 +105,7 @@ class Chooser:
             why=why,
             value=value,
             version=scored.version if scored is not None else None,
-            scores=tuple(scored.scores.tolist()) if scored is not None else None,
+            scores=None if scored is None or scored.scores is None else tuple(scored.scores.tolist()),
             cluster=self.watch.cluster(group.prompt) if self.watch is not None else None,
         )
         self._remember(group, chosen)
@@ -201,19 +180,12 @@ class Asked(Feedback, Protocol):
     def resume(self, groups: Iterable[GroupState]) -> None: ...
 
 
-class Score(Protocol):
-    """A reward model, as far as choosing needs it."""
-
-    def __call__(self, group: Group) -> Scored | None:
-        """None where it gave something that is not a number."""
-
-
 class SelectedVotes(AnswersAtOnce):
     """People's votes on the groups that a chooser picks; the others are set aside before anything is bought.
 
     Args:
         people: Asks them.
-        score: Needed where the chooser looks at what a reward model says.
+        score: What a reward model says of a group; needed where the chooser looks at it.
     """
 
     def __init__(
@@ -221,13 +193,17 @@ class SelectedVotes(AnswersAtOnce):
         people: Asked,
         chooser: Chooser,
         journal: Callable[[Event], object],
-        score: Score = lambda group: None,
+        score: Callable[[Group], Scored | None] = lambda group: None,
     ) -> None:
         super().__init__(journal)
         self._people, self._chooser, self._score = people, chooser, score
 
     def submit(self, group: Group) -> None:
-        chosen = self._chooser.choose(group, self._score(group))
+        scored = self._score(group)
+        if scored is not None and not scored.finite:
+            self._set_aside(group, NOT_FINITE)
+            return
+        chosen = self._chooser.choose(group, scored)
         self._journal(chosen)
         if chosen.people:
             self._people.submit(group)
