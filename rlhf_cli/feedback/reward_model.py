@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rlhf_cli.feedback.at_once import AnswersAtOnce
-from rlhf_cli.feedback.scores import Scored, score_groups
+from rlhf_cli.feedback.scores import Scored, less_length, score_groups
 from rlhf_cli.journal.events import Event, GroupRanked
 from rlhf_cli.policy.scoring import PairwiseModel, RewardModel
 from rlhf_cli.types import Group
@@ -32,18 +32,19 @@ class RewardModelFeedback(AnswersAtOnce):
         self.model, self.length_penalty = model, length_penalty
 
     def submit(self, group: Group) -> None:
-        (scored,) = score_groups(self.model, [group], self.length_penalty)
+        (scored,) = score_groups(self.model, [group])
         if scored.finite:
-            self._rank(group, model_ranked(group, scored))
+            self._rank(group, model_ranked(group, scored, self.length_penalty))
         else:
             self._set_aside(group, NOT_FINITE)
 
 
-def model_ranked(group: Group, scored: Scored) -> GroupRanked:
+def model_ranked(group: Group, scored: Scored, length_penalty: float) -> GroupRanked:
     """The entry in the journal of a group that a model ranked: one expected vote a pair, and its scores if it has any.
 
     Its source names the version of the model.
     """
+    scored = less_length(scored, [c.text for c in group.completions], length_penalty)
     wins_GG, scores = scored.probabilities, scored.scores
     np.fill_diagonal(wins_GG, 0)
     return GroupRanked(

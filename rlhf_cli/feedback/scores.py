@@ -1,4 +1,4 @@
-"""What a reward model says of a group: log-odds and scores on one calibrated scale, length taken off where asked."""
+"""What a reward model says of a group: log-odds and scores on one calibrated scale."""
 
 from __future__ import annotations
 
@@ -46,44 +46,27 @@ class Scored:
         return np.asarray(0.5 + 0.5 * np.tanh(0.5 * self.log_odds))  # logistic, without overflow
 
 
-def by_rewards(
-    version: str, rewards_GK: Array, temperature: float, completions: Sequence[str], penalty: float = 0.0
-) -> Scored:
-    """Scores from rewards: divided by the model's temperature, less `penalty` for every character.
-
-    Differences of such scores are log-odds, so the penalty is in log-odds a character, whatever scale the rewards have.
-
-    Source: Dong et al. (2024), "RLHF Workflow": the reward less a length penalty, there on the raw scale.
-    """
-    heads_KG = rewards_GK.T / temperature - penalty * _characters(completions)
+def by_rewards(version: str, rewards_GK: Array, temperature: float) -> Scored:
+    """Rewards divided by the model's temperature, so that differences are log-odds."""
+    heads_KG = rewards_GK.T / temperature
     scores_G = heads_KG.mean(0)
     return Scored(version, scores_G[:, None] - scores_G[None, :], heads_KG)
 
 
-def by_log_odds(
-    version: str, logits_GG: Array, temperature: float, completions: Sequence[str], penalty: float = 0.0
-) -> Scored:
-    """The same for a model that only compares."""
-    taken_G = penalty * _characters(completions)
-    return Scored(version, logits_GG / temperature - (taken_G[:, None] - taken_G[None, :]))
+def less_length(scored: Scored, completions: Sequence[str], penalty: float) -> Scored:
+    """The same without `penalty` for every character, in log-odds: whatever scale the rewards have, it means the same.
+
+    Source: Dong et al. (2024), "RLHF Workflow": the reward less a length penalty, there on the raw scale.
+    """
+    taken_G = penalty * np.array([len(text) for text in completions], dtype=np.float64)
+    log_odds_GG = scored.log_odds - (taken_G[:, None] - taken_G[None, :])
+    return Scored(scored.version, log_odds_GG, None if scored.heads is None else scored.heads - taken_G)
 
 
-def score_groups(
-    model: RewardModel | PairwiseModel, groups: Sequence[Group], penalty: float = 0.0, version: str = TRAINED
-) -> list[Scored]:
+def score_groups(model: RewardModel | PairwiseModel, groups: Sequence[Group], version: str = TRAINED) -> list[Scored]:
     """What `model` says of each of `groups`."""
     texts = [(group.prompt.messages, [c.text for c in group.completions]) for group in groups]
     temperature = model.about.temperature
     if isinstance(model, RewardModel):
-        return [
-            by_rewards(version, rewards_GK, temperature, completions, penalty)
-            for rewards_GK, (_, completions) in zip(model.rewards(texts), texts, strict=True)
-        ]
-    return [
-        by_log_odds(version, logits_GG, temperature, completions, penalty)
-        for logits_GG, (_, completions) in zip(model.logits(texts), texts, strict=True)
-    ]
-
-
-def _characters(completions: Sequence[str]) -> Array:
-    return np.array([len(text) for text in completions], dtype=np.float64)
+        return [by_rewards(version, rewards_GK, temperature) for rewards_GK in model.rewards(texts)]
+    return [Scored(version, logits_GG / temperature) for logits_GG in model.logits(texts)]

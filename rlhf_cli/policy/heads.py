@@ -2,17 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import DataError
+from rlhf_cli.types import WinMatrix
 
 HEADS = "heads.safetensors"
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """The last layer of a reward model apart from its backbone: K heads side by side over H features."""
+
+    weight: Array
+    """Shape (K, H)."""
+    bias: Array
+    """Shape (K,); 0 where the model has none."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        head = get_head(model)
+        weight = head.weight.detach().double().cpu().numpy()
+        return cls(weight, np.zeros(len(weight)) if head.bias is None else head.bias.detach().double().cpu().numpy())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        found = load(data)
+        return cls(found["weight"], found["bias"])
+
+    def to_bytes(self) -> bytes:
+        """As safetensors, in full precision."""
+        return save({"weight": self.weight, "bias": self.bias})
+
+    def rewards(self, features: Array) -> Array:
+        """What each head gives to texts of these features, shape (G, H): shape (G, K)."""
+        return np.asarray(features @ self.weight.T + self.bias)
+
+    def put_into(self, model: nn.Module) -> None:
+        """Make them the last layer of `model`."""
+        old = get_head(model)
+        wide = nn.Linear(self.weight.shape[1], len(self.weight), bias=old.bias is not None)
+        with torch.no_grad():
+            wide.weight.copy_(torch.from_numpy(self.weight))
+            if wide.bias is not None:
+                wide.bias.copy_(torch.from_numpy(self.bias))
+        set_head(model, wide.to(old.weight.device, old.weight.dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VotedFeatures:
+    """Completions as heads see them, and the votes between them."""
+
+    index: int
+    """Of the group in its run: what is random about it follows from this."""
+    features: Array
+    """Shape (G, H)."""
+    wins: WinMatrix
 
 
 def head_name(model: nn.Module) -> str:
@@ -39,6 +98,18 @@ def set_head(model: nn.Module, head: nn.Linear) -> None:
     """Put another last layer in its place."""
     *above, name = head_name(model).split(".")
     setattr(model.get_submodule(".".join(above)), name, head)
+
+
+@contextmanager
+def headless(model: nn.Module) -> Iterator[None]:
+    """Without its last layer the model gives what that layer reads: one row of features per text."""
+    head, (*above, name) = get_head(model), head_name(model).split(".")
+    parent = model.get_submodule(".".join(above))
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, head)
 
 
 def fresh_heads(model: PreTrainedModel, count: int, deviation: float = 0.02) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.policy.encoding import Encoded, batch_of, encode_answer, encode_comparison, longest
-from rlhf_cli.policy.heads import HEADS, load_heads
+from rlhf_cli.policy.heads import HEADS, headless, load_heads
 from rlhf_cli.policy.load import load_tokenizer, locate
 from rlhf_cli.types import Message
 
@@ -150,6 +150,14 @@ class RewardModel(Reader):
 
     def rewards(self, texts: Sequence[Text]) -> list[Array]:
         """For each prompt what every head gives to each completion, shape (G, K)."""
+        return self._by_prompt(texts)
+
+    def features(self, texts: Sequence[Text]) -> list[Array]:
+        """For each prompt what the heads read of each completion, shape (G, H)."""
+        with headless(self.model):
+            return self._by_prompt(texts)
+
+    def _by_prompt(self, texts: Sequence[Text]) -> list[Array]:
         rows = [encode_answer(self.tokenizer, p, c, self.max_length) for p, completions in texts for c in completions]
         numbers, done = self.read(rows), []
         for _, completions in texts:

@@ -11,7 +11,7 @@ import pytest
 from stream_world import Disk
 
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
-from rlhf_cli.feedback.scores import by_log_odds, by_rewards
+from rlhf_cli.feedback.scores import Scored, by_rewards, less_length
 from rlhf_cli.journal.events import GroupRanked, GroupSampled, GroupSetAside
 from rlhf_cli.policy.scoring import About, Array, Reader, RewardModel, Text, open_reward_model
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Unranked
@@ -84,31 +84,31 @@ def test_a_group_that_a_crash_left_without_an_answer_is_answered(feedback: Rewar
 
 
 def test_scores_are_rewards_over_temperature_and_the_votes_follow_from_their_differences() -> None:
-    scored = by_rewards("v1", np.array([[3.0, 5.0], [1.0, -1.0]]), 2.0, ["aa", "b"])
+    scored = by_rewards("v1", np.array([[3.0, 5.0], [1.0, -1.0]]), 2.0)
     assert scored.heads is not None
     assert scored.heads.tolist() == [[1.5, 0.5], [2.5, -0.5]]
     assert scored.scores is not None
     assert scored.scores.tolist() == [2.0, 0.0]
     assert scored.spread == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)])
     assert scored.probabilities[0, 1] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert by_rewards("v1", np.array([[3.0], [1.0]]), 2.0, ["aa", "b"]).spread is None
+    assert by_rewards("v1", np.array([[3.0], [1.0]]), 2.0).spread is None
 
 
 def test_the_length_penalty_is_taken_for_every_character_from_scores_and_votes_alike() -> None:
     texts = ["x" * 10, "y" * 4]
-    scored = by_rewards("v1", np.array([[2.0], [1.0]]), 1.0, texts, penalty=0.25)
+    scored = less_length(by_rewards("v1", np.array([[2.0], [1.0]]), 1.0), texts, 0.25)
     assert scored.scores is not None
     assert scored.scores.tolist() == [-0.5, 0.0]
     assert scored.probabilities[0, 1] == pytest.approx(1 / (1 + math.exp(0.5)))
-    compared = by_log_odds("v1", np.array([[0.0, 1.0], [-1.0, 0.0]]), 1.0, texts, penalty=0.25)
+    compared = less_length(Scored("v1", np.array([[0.0, 1.0], [-1.0, 0.0]])), texts, 0.25)
     assert compared.scores is None
     assert np.array_equal(compared.log_odds, scored.log_odds)
 
 
 def test_the_penalty_does_not_depend_on_the_scale_of_the_rewards() -> None:
     texts = ["x" * 10, "y" * 4]
-    small = by_rewards("v1", np.array([[2.0], [1.0]]), 1.0, texts, penalty=0.25)
-    large = by_rewards("v1", np.array([[200.0], [100.0]]), 100.0, texts, penalty=0.25)
+    small = less_length(by_rewards("v1", np.array([[2.0], [1.0]]), 1.0), texts, 0.25)
+    large = less_length(by_rewards("v1", np.array([[200.0], [100.0]]), 100.0), texts, 0.25)
     assert np.array_equal(large.log_odds, small.log_odds)
 
 
