@@ -129,7 +129,7 @@ class InBackground(ABC):
         if not serving.done():
             serving.cancel()
         (error,) = await asyncio.gather(serving, return_exceptions=True)
-        if isinstance(error, BaseExceptionGroup):
+        while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]  # of tasks: the first that failed ended the others
         if not isinstance(error, asyncio.CancelledError):
             self._failure = error  # `collect` tells

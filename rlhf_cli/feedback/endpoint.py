@@ -59,13 +59,10 @@ class Endpoint:
 
     Args:
         credentials: Hold a token, which is sent as bearer; None sends none.
-        at_once: Most requests in flight.
     """
 
-    def __init__(self, url: str, credentials: Credentials | None, at_once: int, patience: Patience) -> None:
+    def __init__(self, url: str, credentials: Credentials | None, patience: Patience) -> None:
         self._url, self._credentials, self._patience = url, credentials, patience
-        self._slots = asyncio.Semaphore(at_once)
-        self._at_once = at_once
         self.requests = 0
         """Sent, repetitions included."""
 
@@ -73,7 +70,7 @@ class Endpoint:
         self._http = httpx.AsyncClient(
             trust_env=httpx.URL(self._url).host not in LOOPBACK,
             timeout=self._patience.attempt_s,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._at_once),
+            limits=httpx.Limits(max_connections=None),
             headers={
                 "Accept": "application/json",
                 "Accept-Encoding": "identity",
@@ -101,8 +98,7 @@ class Endpoint:
         down_since: float | None = None
         while True:
             try:
-                async with self._slots:
-                    return await self._attempt(body, answer)
+                return await self._attempt(body, answer)
             except _Failed as error:
                 failed, down_since = failed + 1, None
                 if failed == ATTEMPTS:

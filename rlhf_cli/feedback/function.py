@@ -157,8 +157,8 @@ class PythonFeedback(FunctionFeedback):
         except TimeoutError as error:
             if self._worker.busy_with is not answer:  # it never began, two timeouts are over
                 raise FlowUnavailable(
-                    f"{self._source}: a call has not come back for more than {self._timeout_s:g} s and keeps all others "
-                    "waiting. Look where it hangs, or raise run_online.function.timeout_s, and resume."
+                    f"{self._source}: a call has not come back for more than {self._timeout_s:g} s and keeps all "
+                    "others waiting. Look where it hangs, or raise run_online.function.timeout_s, and resume."
                 ) from error
             raise Unanswerable(f"no answer within {self._timeout_s:g} s") from error
         except Unanswerable:
@@ -179,7 +179,7 @@ class HttpFeedback(FunctionFeedback):
         **given: Any,
     ) -> None:
         super().__init__(journal, f"function:{urlsplit(url).hostname}", at_once=AT_ONCE, **given)
-        self._endpoint = Endpoint(url, credentials, AT_ONCE, patience)
+        self._endpoint = Endpoint(url, credentials, patience)
 
     async def _serve(self) -> None:
         async with self._endpoint:
