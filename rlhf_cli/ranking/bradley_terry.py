@@ -27,6 +27,10 @@ TAU = 1.5
 ELO_PER_LOGIT = 400 / math.log(10)
 Z95 = 1.959963984540054
 _DRAWS = 8192
+
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+"""Mean over a standard normal variable: the sum of `WEIGHTS` times a function's values at `NODES`."""
 _LONGEST_STEP = 2.0
 
 
@@ -66,6 +70,20 @@ class Ranking:
         ahead = float(self.scores[i] - self.scores[j])
         half = Z95 * float(difference_spread(self.covariance)[i, j])
         return Estimate(ahead, ahead - half, ahead + half)
+
+    def preferences(self, handicaps: Floats | float = 0.0) -> Floats:
+        """Probability that the next vote prefers i over j, shape (G, G); 0.5 on the diagonal.
+
+        The uncertainty of the scores is averaged over, so few votes give probabilities near 0.5.
+
+        Args:
+            handicaps: Taken from the scores before, shape (G,).
+        """
+        scores_G = self.scores - handicaps
+        ahead_GGN = (scores_G[:, None] - scores_G[None, :])[..., None]
+        ahead_GGN = ahead_GGN + difference_spread(self.covariance)[..., None] * NODES
+        p_GG: Floats = (0.5 + 0.5 * np.tanh(0.5 * ahead_GGN)) @ WEIGHTS
+        return p_GG
 
     @property
     def elo(self) -> Floats:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_cli.ranking.bradley_terry import TAU, Flags, Floats, components, difference_spread, fit
+from rlhf_cli.ranking.bradley_terry import NODES, TAU, WEIGHTS, Flags, Floats, components, difference_spread, fit
 from rlhf_cli.types import WinMatrix
 
 Pair = tuple[int, int]
@@ -22,9 +22,6 @@ Pair = tuple[int, int]
 
 Goal = Literal["ranking", "best", "balanced"]
 """`ranking` orders the whole group, `best` finds its winner, `balanced` compares every pair equally often."""
-
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 def choose_pair(
@@ -97,11 +94,11 @@ def _information_gain(wins_GG: Floats, flying_GG: Floats, tau: float) -> Floats:
         covariance_GG = np.asarray(np.linalg.inv(precision_GG), dtype=np.float64)
     i_P, j_P = _pairs(len(scores_G))
     spread_P = difference_spread(covariance_GG)[i_P, j_P]
-    ahead_PN = (scores_G[i_P] - scores_G[j_P])[:, None] + spread_P[:, None] * _NODES
+    ahead_PN = (scores_G[i_P] - scores_G[j_P])[:, None] + spread_P[:, None] * NODES
     p_PN = _logistic(ahead_PN)
     entropy_PN = np.logaddexp(0, ahead_PN) - ahead_PN * p_PN
-    p_P = (p_PN @ _WEIGHTS).clip(1e-12, 1 - 1e-12)
-    gain_P: Floats = -p_P * np.log(p_P) - (1 - p_P) * np.log1p(-p_P) - entropy_PN @ _WEIGHTS
+    p_P = (p_PN @ WEIGHTS).clip(1e-12, 1 - 1e-12)
+    gain_P: Floats = -p_P * np.log(p_P) - (1 - p_P) * np.log1p(-p_P) - entropy_PN @ WEIGHTS
     return gain_P
 
 

@@ -176,7 +176,7 @@ def test_jsonl_mode_writes_one_ascii_object_a_line_and_keeps_token_ids_out() -> 
     assert out.getvalue().isascii()
     rows = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [row["kind"] for row in rows] == ["event", "metrics", "status", "progress", "note"]
-    assert rows[0]["event"]["completions"] == [{"text": HOSTILE, "ended": True}]
+    assert rows[0]["event"]["completions"] == [{"text": HOSTILE, "ended": True, "role": ""}]
     assert rows[1]["reward/mean"] == 1.53
 
 
