@@ -293,6 +293,29 @@ class RoundEnded(_Event):
     cluster: int
 
 
+class RewardModelRefreshed(_Event):
+    """The heads of the reward model were refitted to people's votes, and held-out fresh votes said what becomes of it.
+
+    What is published is on disk before this is written.
+    """
+
+    type: Literal["reward_model_refreshed"] = "reward_model_refreshed"
+    version: int
+    """Scores from here on, and says so in the source of a group; the one before where the refit was not published."""
+    published: bool
+    groups: int
+    """People's groups known by then, in the order of the journal; those after the ones of the refit before are fresh."""
+    heldout: tuple[str, ...]
+    """The fresh ones that neither version had learned from."""
+    accuracy_before: float
+    """Share of the held-out votes that the version in use agrees with."""
+    accuracy_after: float
+    """The same of the refit."""
+    path: str | None = None
+    """Of its heads, relative to the run folder."""
+    sha256: str | None = None
+
+
 class StepTrained(_Event):
     type: Literal["step_trained"] = "step_trained"
     step: int
@@ -369,6 +392,7 @@ Event = Annotated[
     | PromptsClustered
     | DriftFound
     | RoundEnded
+    | RewardModelRefreshed
     | StepTrained
     | CheckpointSaved
     | GuardTripped

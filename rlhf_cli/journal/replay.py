@@ -103,7 +103,7 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What the journal says. From `groups` to `drift` it is of the current attempt of run-online."""
+    """What the journal says. From `groups` to `refreshed` it is of the current attempt of run-online."""
 
     started: RunStarted | None = None
     stages: dict[str, StageDone] = field(default_factory=dict)
@@ -123,6 +123,8 @@ class RunState:
     clustered: PromptsClustered | None = None
     drift: tuple[tuple[int, DriftFound | RoundEnded], ...] = ()
     """What the drift watch found, each with its place in the journal."""
+    refreshed: tuple[RewardModelRefreshed, ...] = ()
+    """Refits of the reward model, published or not."""
     votes_total: float = 0.0
     """People's votes in the journal, those of earlier attempts too: what was paid stays paid."""
     stopped: RunStopped | None = None
@@ -202,6 +204,8 @@ def _after(state: RunState, entry: Entry) -> RunState:
             return _rolled_back(state, entry, event)
         case PromptsClustered():
             return replace(state, clustered=event)
+        case RewardModelRefreshed():
+            return replace(state, refreshed=(*state.refreshed, event))
         case DriftFound() | RoundEnded():
             return replace(state, drift=(*state.drift, (entry.seq, event)))
         case RunStopped():
