@@ -69,6 +69,7 @@ _OF_PPO = (
 _ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_OF_DPO, ("dpo",)),
     **dict.fromkeys(_OF_GRADIENTS, ("grpo", "rloo", "ppo")),
+    "ratio": ("grpo", "rloo"),
     "scale": ("grpo",),
     **dict.fromkeys(_OF_PPO, ("ppo",)),
 }
@@ -83,7 +84,7 @@ _LOSSES: dict[str, tuple[str, ...]] = {
 class Learner(Section):
     """How the policy learns. Keys that its algorithm does not have are refused."""
 
-    algorithm: Annotated[Algorithm, NotYet(one_of("grpo", "rloo", "ppo"), "the {value} learner is", "dpo")]
+    algorithm: Annotated[Algorithm, NotYet(one_of("grpo", "rloo"), "the {value} learner is", "dpo or ppo")]
     """`dpo` fits the votes themselves, with beta times the log-ratio to the reference as the score; `grpo` and `rloo`
     raise what scored above its group; `ppo` climbs the rewards of a reward model with a critic."""
     beta: float = Field(0.1, gt=0)
@@ -142,7 +143,7 @@ class Learner(Section):
     value_coefficient: float = Field(0.5, gt=0)
     """Weight of the critic's loss."""
     value_clip: float | None = Field(0.2, gt=0)
-    """How far the critic may move from what it said at sampling before that stops counting; `null` for no limit."""
+    """How far the critic may move within a step, in units of reward, before that stops counting; `null`: no limit."""
     value_learning_rate: float | None = Field(None, gt=0, lt=1)
     """Of the critic; `learning_rate` when left out."""
     entropy: float = Field(0.0, ge=0)

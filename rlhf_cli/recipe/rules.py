@@ -208,6 +208,24 @@ def _learner(recipe: Plain) -> Broken:
             "is taken from scores, and here people's votes are learned from as they are; use `labels: posterior`, "
             "another learner, or hybrid feedback",
         )
+    if _algorithm(recipe) == "ppo":
+        yield from _ppo(recipe)
+
+
+def _ppo(recipe: Plain) -> Broken:
+    learner, feedback = ("run_online", "learner"), recipe.value("run_online", "feedback")
+    if feedback not in ("reward_model", "function"):
+        yield (
+            (*learner, "algorithm"),
+            f"ppo climbs scores, and {feedback} feedback compares; use reward_model or function feedback, or another "
+            "learner",
+        )
+    if not recipe.has("train_rm") and feedback != "reward_model":
+        yield (*learner, "algorithm"), "ppo has a critic that starts as the reward model: add a `train_rm` section"
+    if recipe.value("train_rm", "kind") == "pairwise":
+        yield (*learner, "algorithm"), "ppo needs rewards, which a pairwise model has none of; use kind bradley_terry"
+    if recipe.has(*learner, "kl_target_nats") and recipe.has("run_online", "kl", "soft_nats"):
+        yield (*learner, "kl_target_nats"), "adapts beta, and so does kl.soft_nats; leave one of them out"
 
 
 def _guards(recipe: Plain) -> Broken:

@@ -120,6 +120,8 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
         session.require("open-flow")
     else:
         session.require("train-rm", run.train_rm_model)
+    if session.recipe.run_online is not None and session.recipe.run_online.learner.algorithm == "ppo":
+        session.require("train-rm", run.train_rm_model)  # its critic starts as that
     if fresh:
         _abandon(session, state)
     attempt = max(1, state.attempt + (1 if fresh and state.groups else 0))
