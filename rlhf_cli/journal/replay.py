@@ -24,6 +24,7 @@ from rlhf_cli.journal.events import (
     ItemEnded,
     ItemStopped,
     PromptsClustered,
+    RewardModelRefreshed,
     RolledBack,
     RoundEnded,
     RunStarted,
