@@ -109,7 +109,7 @@ class DriftWatch:
         """Take note of a group that was sampled, and of what the model said about it."""
         assert chosen.cluster is not None
         recent = self._kl_nats.setdefault(chosen.cluster, deque(maxlen=self.drift.window))
-        recent.append(sum(sum(c.logps) - sum(c.ref_logps) for c in group.completions) / len(group.completions))
+        recent.append(sum(c.kl_nats for c in group.completions) / len(group.completions))
         if not chosen.people:
             return
         self._chosen[group.id] = chosen
