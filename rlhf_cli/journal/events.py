@@ -304,7 +304,7 @@ class RewardModelRefreshed(_Event):
     """Scores from here on, and says so in the source of a group; the one before where the refit was not published."""
     published: bool
     groups: int
-    """People's groups known by then, in the order of the journal; those that the refit before did not know are fresh."""
+    """People's groups known by then, in the order of the journal; those unknown to the refit before are fresh."""
     heldout: tuple[str, ...]
     """The fresh ones that neither version had learned from."""
     accuracy_before: float
