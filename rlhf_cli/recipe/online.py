@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,16 @@ from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, NotYet, Section, Sh
 
 def _given(value: object) -> bool:
     return value is not None
+
+
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def _not_in_the_open(url: str) -> None:
+    """Raise where a secret would be sent without encryption."""
+    if url.startswith("http:") and not _is_loopback(url):
+        raise problem("a secret would be readable on its way; use https", "url")
 
 
 class Role(Section):
@@ -25,9 +36,10 @@ class Role(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Of this role."""
     policy: Literal["current", "previous"] = "current"
-    """`previous` samples from the newest checkpoint instead of the policy as it is."""
+    """`previous` samples from the newest checkpoint (until there is one, the model that training started from) instead
+    of the policy as it is; at least one role is `current`."""
     best_of: int = Field(1, ge=1, le=64)
-    """Sample so many for each completion and keep the one that the reward model likes best."""
+    """Sample so many for each completion and keep the one that the reward model of `train_rm` likes best."""
 
 
 class Sampling(Section):
@@ -39,8 +51,28 @@ class Sampling(Section):
     """Sample from the smallest set of tokens with this much probability."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest completion in tokens."""
-    roles: Annotated[list[Role] | None, NotYet(_given, "roles are", "a list of temperatures")] = None
+    roles: list[Role] | None = None
     """Different ways to sample the completions of one group, instead of `temperature` and `top_p`."""
+
+    def of_group(self, group_size: int) -> list[Role]:
+        """How each completion of a group is sampled, in order; a role without a name where the recipe has none."""
+        if self.roles is not None:
+            return [role for role in self.roles for _ in range(role.count)]
+        several = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        spread = [several[i * len(several) // group_size] for i in range(group_size)]
+        return [Role.model_construct(name="", count=1, temperature=t, top_p=self.top_p) for t in spread]
+
+    @property
+    def plain(self) -> Sampling:
+        """How the policy alone is measured: without roles, or as the first that samples it as it is and keeps all.
+
+        Where each of those keeps the best of several, as one sample of the first.
+        """
+        if self.roles is None:
+            return self
+        own = [role for role in self.roles if role.policy == "current"]
+        role = next((role for role in own if role.best_of == 1), own[0])
+        return self.model_copy(update={"roles": None, "temperature": role.temperature, "top_p": role.top_p})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -191,6 +223,10 @@ class Function(Section):
     def _check(self) -> Self:
         if (self.file is None) == (self.url is None):
             raise problem("name either a file or a url", "file", "url")
+        if self.file is not None and self.token_env is not None:
+            raise problem("a token is for a url, and this is a file", "token_env")
+        if self.url is not None and self.token_env is not None:
+            _not_in_the_open(self.url)
         return self
 
 
@@ -208,7 +244,7 @@ class Judge(Section):
         "Question:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\nWhich answer is better? Say only A or B.",
         min_length=1,
     )
-    """What it is asked, with `{prompt}`, `{a}` and `{b}` in it."""
+    """What it is asked, with `{prompt}`, `{a}` and `{b}` in it; the last line of its answer has to be A, B or tie."""
     comparisons: int | None = Field(None, ge=1)
     """Pairs compared of each group, each in both orders; all of them when left out."""
     at_once: int = Field(8, ge=1, le=256)
@@ -216,13 +252,17 @@ class Judge(Section):
     timeout_s: float = Field(60.0, gt=0)
     """How long one request may take, in seconds."""
     usd_per_1m_tokens: float = Field(0.0, ge=0)
-    """Price, of tokens in and out alike; counted against `budget.usd`."""
+    """Price, of tokens in and out alike; counted against `budget.usd` in `run_online`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         missing = [name for name in ("{prompt}", "{a}", "{b}") if name not in self.prompt]
         if missing:
             raise problem(f"the prompt has no {' and no '.join(missing)} in it", "prompt")
+        if self.key_env is None and not _is_loopback(self.url):
+            raise problem("missing key 'key_env': only a judge at a loopback address is asked without a key", "url")
+        if self.key_env is not None:
+            _not_in_the_open(self.url)
         return self
 
 
@@ -327,7 +367,7 @@ class RunOnline(Section):
     """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
     feedback: Annotated[
         Literal["votes", "reward_model", "hybrid", "function", "judge"],
-        NotYet(one_of("hybrid", "function", "judge"), "{value} feedback is", "votes or reward_model"),
+        NotYet(one_of("hybrid"), "{value} feedback is", "votes or reward_model"),
     ] = "votes"
     """Who compares completions: people through the flow, the reward model of `train_rm`, both (`hybrid`: the model at
     once, people where it is worth their time), a `function` of yours, or a language model as `judge`."""
@@ -344,7 +384,7 @@ class RunOnline(Section):
     function: Function | None = None
     """Needed with `feedback: function`."""
     judge: Judge | None = None
-    """Needed with `feedback: judge`."""
+    """Needed with `feedback: judge`, and with `judge: judge` in `eval`."""
     selection: Annotated[Selection | None, NotYet(_given, "selection is", "no such section")] = None
     """Which groups people see; all of them when left out."""
     refresh: Annotated[Refresh | None, NotYet(_given, "refreshing the reward model is", "no such section")] = None
@@ -371,7 +411,8 @@ class RunOnline(Section):
                 "sampling",
                 "group_size",
             )
-        for feedback in ("function", "judge"):
-            if (self.feedback == feedback) != (getattr(self, feedback) is not None):
-                raise problem(f"{feedback} feedback and the section `{feedback}` belong together", "feedback")
+        if (self.feedback == "function") != (self.function is not None):
+            raise problem("function feedback and the section `function` belong together", "feedback")
+        if self.feedback == "judge" and self.judge is None:
+            raise problem("judge feedback needs the section `judge`: which model compares, and where", "feedback")
         return self

@@ -59,6 +59,7 @@ def broken_rules(data: dict[str, Any]) -> Broken:
         yield from _guards(recipe)
     if recipe.has("eval"):
         yield from _eval(recipe)
+    yield from _prices(recipe)
     if recipe.has("model", "from_scratch") and not recipe.has("sft"):
         yield ("model", "from_scratch"), "needs an `sft` section: the tiny model learns its words from that data"
 
@@ -71,6 +72,8 @@ def _who_compares(recipe: Plain) -> Broken:
         yield key, "votes come from people: add a `flow` section, or use reward_model feedback"
     if feedback == "reward_model" and not recipe.has("train_rm"):
         yield key, "reward_model feedback needs a `train_rm` section to make the model"
+    if recipe.has("run_online", "judge") and "judge" not in (feedback, recipe.value("eval", "judge")):
+        yield ("run_online", "judge"), "nobody asks it: neither run_online.feedback nor eval.judge is `judge`"
     if feedback == "hybrid":
         if not recipe.has("flow"):
             yield key, "hybrid feedback asks people too: add a `flow` section, or use reward_model feedback"
@@ -185,6 +188,15 @@ def _asks_again(recipe: Plain) -> bool:
     return bool(recipe.value("run_online", "incomplete") == "resubmit_once")
 
 
+def _prices(recipe: Plain) -> Broken:
+    usd, judge = ("budget", "usd"), ("run_online", "judge", "usd_per_1m_tokens")
+    by_judge = recipe.value("run_online", "feedback") == "judge"
+    if recipe.has(*usd) and by_judge and not recipe.value(*judge):
+        yield usd, "usd needs run_online.judge.usd_per_1m_tokens: without a price nothing would count against it"
+    if recipe.has(*usd) and not by_judge and not recipe.value("budget", "usd_per_1k_votes"):
+        yield usd, "usd needs usd_per_1k_votes: without a price nothing would count against it"
+
+
 def _budget(recipe: Plain, most: int) -> Broken:
     """A budget that does not reach for the `most` votes that one group may take would end the run before it began."""
     votes, usd, price = (recipe.number("budget", key) for key in ("votes", "usd", "usd_per_1k_votes"))
@@ -244,6 +256,8 @@ def _eval(recipe: Plain) -> Broken:
         yield ("eval", "judge"), "the crowd judges only where `flow` is embedded and has a `crowd`"
     if judge == "reward_model" and not recipe.has("train_rm"):
         yield ("eval", "judge"), "a reward_model judge needs a `train_rm` section to make the model"
+    if judge == "judge" and not recipe.has("run_online", "judge"):
+        yield ("eval", "judge"), "needs a `judge` section in `run_online`: which model compares, and where"
     if judge == "flow" and not recipe.has("flow"):
         yield ("eval", "judge"), "raters judge through the flow: add a `flow` section"
     if recipe.section("data") and not recipe.has("data", "heldout_prompts"):

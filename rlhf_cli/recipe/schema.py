@@ -338,7 +338,7 @@ class Budget(Section):
     votes: int | None = Field(None, ge=1)
     """Votes in all."""
     usd: float | None = Field(None, gt=0)
-    """Money in all, at the price of `usd_per_1k_votes`."""
+    """Money in all, at the price of `usd_per_1k_votes`, and of a judge's tokens."""
     usd_per_1k_votes: float = Field(0.0, ge=0)
     """Price of 1,000 votes."""
     deadline: Duration | None = None
@@ -347,14 +347,6 @@ class Budget(Section):
     @property
     def deadline_s(self) -> float | None:
         return self.deadline
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.usd is not None and not self.usd_per_1k_votes:
-            raise problem(
-                "usd needs usd_per_1k_votes: without a price nothing would count against it", "usd", "usd_per_1k_votes"
-            )
-        return self
 
 
 class Gates(Section):
@@ -371,11 +363,9 @@ class Gates(Section):
 class Eval(Section):
     """Is the trained policy better than what it started from, and how sure is that?"""
 
-    judge: Annotated[
-        Literal["crowd", "reward_model", "judge", "flow"],
-        NotYet(one_of("judge"), "a {value} model is", "crowd, reward_model or flow"),
-    ]
-    """Who compares: the simulated `crowd`, the `reward_model` of `train_rm`, or the raters of the `flow`."""
+    judge: Literal["crowd", "reward_model", "judge", "flow"]
+    """Who compares: the simulated `crowd`, the `reward_model` of `train_rm`, the language model of
+    `run_online.judge`, or the raters of the `flow`."""
     against: Literal["sft"] = "sft"
     """The model that the policy started from."""
     answers_per_prompt: int = Field(2, ge=1, le=64)
