@@ -41,6 +41,8 @@ def said(problems: list[str], beginning: str) -> bool:
 ROLE = ("sampling: {temperature: [1.0, 0.7], max_new_tokens: 16}", "sampling: " + ROLES)
 HYBRID = ("steps: 3", "steps: 3\n  feedback: hybrid")
 FUNCTION = ("steps: 3", "steps: 3\n  feedback: function")
+BY_MODEL = ("steps: 3", "steps: 3\n  feedback: reward_model")
+PPO = ("algorithm: dpo, beta: 0.2", "algorithm: ppo")
 NO_RM = ("train_rm:\n  dataset: votes.jsonl\n", "")
 NO_FLOW = (
     "flow:\n  service: embedded\n  instruction: Which answer is kinder?\n  responses: {min: 4, desired: 6, max: 8}\n  ttl_s: 60\n  crowd: {raters: 10}\n",
@@ -82,6 +84,13 @@ NO_FLOW = (
         ([("beta: 0.2", "minibatches: 4, accumulate: 4")], "24:45: run_online.learner.accumulate: the 8 groups of run_online.prompts_per_step do not divide into 16"),
         ([("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: 'http://localhost:1', model: m, comparisons: 7}")], "23:48: run_online.judge.comparisons: 7 pairs of a group of 4: it takes 3 to compare all, and there are 6"),
         ([("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: 'http://localhost:1', model: m, comparisons: 2}")], "23:48: run_online.judge.comparisons: 2 pairs of a group of 4"),
+        # ppo
+        ([PPO], "24:13: run_online.learner.algorithm: ppo climbs scores, and votes feedback compares; use reward_model or function"),
+        ([PPO, HYBRID], "25:13: run_online.learner.algorithm: ppo climbs scores, and hybrid feedback compares"),
+        ([PPO, FUNCTION, NO_RM], "23:13: run_online.learner.algorithm: ppo has a critic that starts as the reward model: add a `train_rm` section"),
+        ([PPO, BY_MODEL, NO_RM], "20:3: run_online.feedback: reward_model feedback needs a `train_rm` section"),
+        ([PPO, BY_MODEL, ("dataset: votes.jsonl", "dataset: votes.jsonl\n  kind: pairwise")], "26:13: run_online.learner.algorithm: ppo needs rewards, which a pairwise model has none of"),
+        ([("algorithm: dpo, beta: 0.2", "algorithm: ppo, kl_target_nats: 5"), BY_MODEL], "25:29: run_online.learner.kl_target_nats: adapts beta, and so does kl.soft_nats"),
         # guards
         ([("soft_nats: 8, hard_nats: 20", "soft_nats: 8, on_hard: rollback")], "25:22: run_online.kl.on_hard: rolls back at the hard limit: add kl.hard_nats"),
         ([("kl:", "length: {on_trip: stop}\n  kl:")], "25:12: run_online.length.on_trip: nothing trips that could stop: add max_correlation or max_growth"),
@@ -100,6 +109,9 @@ def test_what_makes_no_sense_together_is_refused_at_its_place(changes: list[tupl
         [ROLE, ("steps: 3", "steps: 9"), ("0.7}", "0.7, policy: previous}")],
         [HYBRID, ("kl:", "selection: {}\n  refresh: {}\n  drift: {}\n  length: {penalty: 0.01}\n  kl:")],
         [NO_RM, ("kl:", "selection: {by: diverse}\n  segments: {}\n  kl:")],
+        [PPO, BY_MODEL],
+        [PPO, FUNCTION],
+        [("algorithm: dpo, beta: 0.2", "algorithm: ppo, kl_target_nats: 5"), BY_MODEL, ("soft_nats: 8, ", "")],
         [("group_size: 4", "group_size: 9")],
         [("votes: 500", "votes: 8, usd: 0.16, usd_per_1k_votes: 20")],
         [("beta: 0.2", "minibatches: 4, accumulate: 2")],
