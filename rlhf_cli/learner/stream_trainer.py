@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class StreamTrainer(Trainer):
         super().__init__(model=policy.model, processing_class=policy.tokenizer, **given)
         self.remove_callback(PrinterCallback)
         if self.learner.reference_every is not None:
-            self.add_callback(_Renewal(policy, self.learner.reference_every))
+            self.add_callback(_Renewal(policy.renew_reference, self.learner.reference_every))
+        self.add_callback(_Renewal(policy.renew_previous, self.online.checkpoint_every))
 
     @property
     def step_metrics(self) -> dict[str, float]:
@@ -77,13 +78,11 @@ class StreamTrainer(Trainer):
 
     def save_extra(self, folder: Path) -> None:
         """Write what the trainer does not know of into the folder of a checkpoint."""
-        if self.learner.reference == "previous":
-            self.policy.save_reference(folder)
+        self.policy.save_copies(folder)
 
     def load_extra(self, folder: Path) -> None:
         """Read what `save_extra` wrote."""
-        if self.learner.reference == "previous":
-            self.policy.load_reference(folder)
+        self.policy.load_copies(folder)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Take all steps, or those after `checkpoint`."""
@@ -190,11 +189,11 @@ class _Wrapped:
 
 
 class _Renewal(TrainerCallback):
-    """The policy becomes its own reference every so many steps, before the checkpoint of that step is written."""
+    """Renews a copy of the policy every so many steps, before the checkpoint of that step is written."""
 
-    def __init__(self, policy: Policy, every: int) -> None:
-        self.policy, self.every = policy, every
+    def __init__(self, renew: Callable[[], None], every: int) -> None:
+        self.renew, self.every = renew, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every == 0:
-            self.policy.renew_reference()
+            self.renew()

@@ -13,7 +13,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TopPLogitsWarper,
 )
 
 from rlhf_cli.errors import DataError
@@ -36,6 +35,22 @@ class _RowTemperature(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores / self.temperature_B1
+
+
+class _RowTopP(LogitsProcessor):
+    """Leaves each row the smallest set of its likeliest tokens that has its own share of the probability.
+
+    As `TopPLogitsWarper` of transformers, which has one share for all rows.
+    """
+
+    def __init__(self, top_p_B: Tensor) -> None:
+        self.rest_B1 = 1 - top_p_B[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sorted_BV, order_BV = scores.sort()
+        unlikely_BV = sorted_BV.softmax(-1).cumsum(-1) <= self.rest_B1
+        unlikely_BV[:, -1] = False
+        return scores.masked_fill(unlikely_BV.scatter(1, order_BV, unlikely_BV), -torch.inf)
 
 
 class _Draw(LogitsProcessor):
@@ -79,7 +94,7 @@ def sample(
     temperatures: Sequence[float],
     *,
     max_new_tokens: int,
-    top_p: float,
+    top_p: float | Sequence[float],
     stop_ids: Sequence[int],
     pad_id: int,
     seed: int,
@@ -90,10 +105,12 @@ def sample(
     Args:
         prompt_ids: One prompt per row, shape (B, ragged).
         temperatures: One per row, shape (B,); 0 takes the most likely token.
+        top_p: One per row, or one for all.
         seed: The same seed, weights and rows give the same completions on the same machine.
     """
     device = model.device
     sampled: list[Sampled] = []
+    shares = [top_p] * len(prompt_ids) if isinstance(top_p, float) else top_p
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(prompt_ids), batch_size):
@@ -102,7 +119,8 @@ def sample(
             ids_BT, mask_BT = pad_left(prompts, pad_id, device)
             # Temperature 0 as a very cold draw keeps greedy and sampled rows in one batch.
             temperature_B = torch.tensor(row_temperatures, device=device).clamp(min=1e-4)
-            top_p_only = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+            top_p_B = torch.tensor(shares[start : start + batch_size], device=device)
+            top_p_only = [_RowTopP(top_p_B)] if bool((top_p_B < 1).any()) else []
             out_BT = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,

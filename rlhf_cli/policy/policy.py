@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.policy.generate import encode_prompt, sample, token_logps
+from rlhf_cli.policy.generate import Sampled, encode_prompt, sample, token_logps
 from rlhf_cli.policy.load import (
     frozen_copy,
     load_model,
@@ -26,11 +27,14 @@ from rlhf_cli.policy.load import (
     stop_token_ids,
     train_only_last_layers,
 )
-from rlhf_cli.recipe.online import Sampling
+from rlhf_cli.recipe.online import Role, Sampling
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Completion, Group, Message, Prompt
 
-REFERENCE = "reference.safetensors"
+REFERENCE, PREVIOUS = "reference.safetensors", "previous.safetensors"
+
+Score = Callable[[Prompt, Sequence[str]], list[float]]
+"""Scores completions of a prompt; higher is better."""
 
 
 class Stopwatch:
@@ -64,10 +68,17 @@ class Policy:
         train: Make the weights that the recipe names trainable, and keep a reference as they are now; it shares every
             weight that is not trained. Without it nothing is trainable.
         reference: For a policy that is not trained: what to compare it with; itself when left out.
+        score: Says which candidate is best, for roles that sample `best_of` several.
     """
 
     def __init__(
-        self, path: str, recipe: Recipe, *, train: bool = True, reference: PreTrainedModel | None = None
+        self,
+        path: str,
+        recipe: Recipe,
+        *,
+        train: bool = True,
+        reference: PreTrainedModel | None = None,
+        score: Score | None = None,
     ) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
@@ -85,10 +96,13 @@ class Policy:
         self.start = self.reference = reference
         """The model that training started from, and what the policy is held to."""
         self.model: PreTrainedModel | PeftModel = base if lora is None else get_peft_model(base, lora)
-        if train and recipe.run_online is not None and recipe.run_online.learner.reference == "previous":
-            own = {name for name, _ in trained_weights(self.model)}
-            shared = {id(p): p for name, p in reference.named_parameters() if name not in own}
-            self.reference = copy.deepcopy(reference, memo=shared)
+        self.previous: PreTrainedModel | None = None
+        """What `policy: previous` samples from; None where no role does."""
+        if train and recipe.run_online is not None:
+            if recipe.run_online.learner.reference == "previous":
+                self.reference = self._copy_of_start()
+            if any(role.policy == "previous" for role in recipe.run_online.sampling.roles or []):
+                self.previous = self._copy_of_start()
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)
         self.pad_id = int(self.tokenizer.pad_token_id)
@@ -97,7 +111,14 @@ class Policy:
         self.max_new_tokens = recipe.run_online.sampling.max_new_tokens if recipe.run_online else 0
         self.context_tokens: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self.system_prompt = recipe.data.system_prompt
+        self.score = score
         self.phase = Stopwatch()
+
+    def _copy_of_start(self) -> PreTrainedModel:
+        """The model that training started from, to be renewed; weights that are not trained are shared."""
+        own = {name for name, _ in trained_weights(self.model)}
+        shared = {id(p): p for name, p in self.start.named_parameters() if name not in own}
+        return copy.deepcopy(self.start, memo=shared)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the precision of the recipe; weights and sums of log-probabilities stay float32."""
@@ -139,31 +160,25 @@ class Policy:
             step: Learner steps that the policy has taken.
             seed: Together with `first_index` it fixes the random numbers.
         """
-        temperatures = sampling.temperature if isinstance(sampling.temperature, list) else [sampling.temperature]
-        spread = [temperatures[i * len(temperatures) // group_size] for i in range(group_size)]
+        roles = sampling.of_group(group_size)
         prompt_ids = [self.encode(p) for p in prompts]
-        rows = [ids for ids in prompt_ids for _ in range(group_size)]
         with self.phase("generate"):
-            sampled = sample(
-                self.generator or self.model,
-                rows,
-                spread * len(prompts),
-                max_new_tokens=sampling.max_new_tokens,
-                top_p=sampling.top_p,
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-                seed=seed * 1_000_003 + first_index,
-            )
+            candidates = [(ids, role) for ids in prompt_ids for role in roles for _ in range(role.best_of)]
+            drawn = iter(self._draw(candidates, sampling.max_new_tokens, seed * 1_000_003 + first_index))
+        with self.phase("best_of"):
+            sampled = [self._best(p, [next(drawn) for _ in range(r.best_of)]) for p in prompts for r in roles]
+        rows, token_ids = [ids for ids in prompt_ids for _ in roles], [s.token_ids for s in sampled]
         with self.phase("reference"):
-            token_ids = [s.token_ids for s in sampled]
-            logps = self.logps(self.model, rows, token_ids)
+            logps = self._sampling_logps(rows, token_ids, [role.policy for role in roles] * len(prompts))
             ref_logps = logps if self.reference is self.model else self.logps(self.reference, rows, token_ids)
             start_logps: Sequence[float | None] = [None] * len(rows)
             if self.start is not self.reference:
                 start_logps = [sum(row) for row in self.logps(self.start, rows, token_ids)]
         completions = [
-            Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended, start_logp=start_logp)
-            for s, logp, ref_logp, start_logp in zip(sampled, logps, ref_logps, start_logps, strict=True)
+            Completion(self.decode(s.token_ids), s.token_ids, logp, ref_logp, s.ended, role.name, start_logp)
+            for s, logp, ref_logp, role, start_logp in zip(
+                sampled, logps, ref_logps, roles * len(prompts), start_logps, strict=True
+            )
         ]
         return [
             Group(
@@ -176,6 +191,57 @@ class Policy:
             )
             for i, prompt in enumerate(prompts)
         ]
+
+    def _draw(self, rows: Sequence[tuple[tuple[int, ...], Role]], max_new_tokens: int, seed: int) -> list[Sampled]:
+        """One completion per row of prompt and role; the policy as it is and as it was have random numbers apart."""
+        drawn: dict[int, Sampled] = {}
+        for number, (policy, model) in enumerate(self._sources().items()):
+            mine = [k for k, (_, role) in enumerate(rows) if role.policy == policy]
+            if mine:
+                some = sample(
+                    model,
+                    [rows[k][0] for k in mine],
+                    [rows[k][1].temperature for k in mine],
+                    max_new_tokens=max_new_tokens,
+                    top_p=[rows[k][1].top_p for k in mine],
+                    stop_ids=self.stop_ids,
+                    pad_id=self.pad_id,
+                    seed=seed ^ (number << 62),
+                )
+                drawn |= dict(zip(mine, some, strict=True))
+        return [drawn[k] for k in range(len(rows))]
+
+    def _sources(self) -> dict[str, PreTrainedModel | PeftModel]:
+        """What samples, by the word of a role."""
+        current = {"current": self.generator or self.model}
+        return current if self.previous is None else {**current, "previous": self.previous}
+
+    def _best(self, prompt: Prompt, candidates: Sequence[Sampled]) -> Sampled:
+        """The candidate with the highest score; the only one where there is one."""
+        if len(candidates) == 1:
+            return candidates[0]
+        if self.score is None:
+            raise DataError("sampling the best of several needs a reward model, and this policy was given none")
+        scores = self.score(prompt, [self.decode(c.token_ids) for c in candidates])
+        numbers = [k for k, score in enumerate(scores) if math.isfinite(score)]
+        if not numbers:
+            raise DataError(
+                f"the reward model gave no number for any of {len(candidates)} answers to prompt '{prompt.id}', so "
+                "none of them is best; train it again, or take `best_of` out of run_online.sampling.roles"
+            )
+        return candidates[max(numbers, key=scores.__getitem__)]
+
+    def _sampling_logps(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], policies: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """Token log-probabilities of each row under the weights that sampled it."""
+        found: dict[int, tuple[float, ...]] = {}
+        for policy, model in (("current", self.model), ("previous", self.previous)):
+            mine = [k for k, name in enumerate(policies) if name == policy]
+            if mine and model is not None:
+                some = self.logps(model, [prompts[k] for k in mine], [completions[k] for k in mine])
+                found |= dict(zip(mine, some, strict=True))
+        return [found[k] for k in range(len(prompts))]
 
     def logps(
         self, model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
@@ -201,24 +267,37 @@ class Policy:
             for name, weight in trained_weights(self.model):
                 targets[name].copy_(weight)
 
-    @torch.no_grad()
     def renew_reference(self) -> None:
         """Hold the policy from now on to what it is now; groups that were sampled keep the reference of then."""
-        targets = dict(self.reference.named_parameters())
-        for name, weight in trained_weights(self.model):
-            targets[name].copy_(weight)
+        self._renew(self.reference)
 
-    def save_reference(self, folder: Path) -> None:
-        """Write the weights of the reference that are not those of the model that training started from."""
-        weights = dict(self.reference.named_parameters())
-        own = {name: weights[name].detach().contiguous() for name, _ in trained_weights(self.model)}
-        save_file(own, folder / REFERENCE)
+    def renew_previous(self) -> None:
+        """What `policy: previous` samples from is the policy as it is now."""
+        if self.previous is not None:
+            self._renew(self.previous)
+
+    def save_copies(self, folder: Path) -> None:
+        """Write the weights of a renewed reference and of the previous policy, where there are such."""
+        for file, model in self._copies().items():
+            weights = dict(model.named_parameters())
+            save_file({n: weights[n].detach().contiguous() for n, _ in trained_weights(self.model)}, folder / file)
 
     @torch.no_grad()
-    def load_reference(self, folder: Path) -> None:
-        """Read what `save_reference` wrote."""
-        targets = dict(self.reference.named_parameters())
-        for name, weight in load_file(folder / REFERENCE).items():
+    def load_copies(self, folder: Path) -> None:
+        """Read what `save_copies` wrote."""
+        for file, model in self._copies().items():
+            targets = dict(model.named_parameters())
+            for name, weight in load_file(folder / file).items():
+                targets[name].copy_(weight)
+
+    def _copies(self) -> dict[str, PreTrainedModel]:
+        copies = {REFERENCE: None if self.reference is self.start else self.reference, PREVIOUS: self.previous}
+        return {file: model for file, model in copies.items() if model is not None}
+
+    @torch.no_grad()
+    def _renew(self, model: PreTrainedModel) -> None:
+        targets = dict(model.named_parameters())
+        for name, weight in trained_weights(self.model):
             targets[name].copy_(weight)
 
     def save(self, path: str) -> None:
