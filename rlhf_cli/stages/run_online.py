@@ -38,7 +38,7 @@ from rlhf_cli.policy.policy import Policy
 from rlhf_cli.policy.row_checks import prompts_only
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
-from rlhf_cli.stages.feedback import feedback_of
+from rlhf_cli.stages.feedback import check_credentials, feedback_of
 from rlhf_cli.stages.rewards import reward_for_display
 from rlhf_cli.stages.service import Connect, flow_service, recording_at
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
@@ -116,10 +116,13 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
                 f"{run.path} holds an unfinished run-online ({paid}). Go on with --resume, or start over with --fresh."
             )
     session.start_model()  # what is missing is said before anything is moved
-    if session.recipe.run_online is not None and session.recipe.run_online.feedback == "votes":
+    assert session.recipe.run_online is not None
+    feedback = session.recipe.run_online.feedback
+    if feedback in ("votes", "hybrid"):
         session.require("open-flow")
-    else:
+    if feedback in ("reward_model", "hybrid"):
         session.require("train-rm", run.train_rm_model)
+    check_credentials(session.recipe)
     if session.recipe.run_online is not None and session.recipe.run_online.learner.algorithm == "ppo":
         session.require("train-rm", run.train_rm_model)  # its critic starts as that
     if fresh:
