@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_cli.evaluation.heldout import (
     same_answer,
     win_rate_rows,
 )
+from rlhf_cli.feedback.judge import JudgeFeedback
 from rlhf_cli.feedback.recorded import RecordedFeedback, Recording
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
 from rlhf_cli.feedback.votes import VotesFeedback
@@ -34,6 +35,7 @@ from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.recipe.online import Sampling
+from rlhf_cli.stages.feedback import check_credentials, judge_of
 from rlhf_cli.stages.open_flow import open_or_adopt
 from rlhf_cli.stages.rewards import reward_for_display, reward_model
 from rlhf_cli.stages.service import flow_service, flow_spec
@@ -58,10 +60,11 @@ def run(
         if not fresh and (done := session.done(results_file)):
             return {**json.loads(results_file.read_bytes()), **done}
         session.require("run-online", session.run.online_model)
+        check_credentials(recipe)
         session.start()
         before, after = _answers(session)
         rewards = _rewards(session, before, after)
-        verdicts, identical = _ask(session, before, after, fresh)
+        verdicts, identical, about_judge = _ask(session, before, after, fresh)
         results = {
             **win_rate_rows(comparisons(verdicts, identical)),
             **rewards["rows"],
@@ -73,6 +76,7 @@ def run(
             "pairs_identical": len(identical),
             "pairs_without_votes": sum(isinstance(v, Unranked) for v in verdicts),
             "judge": recipe.eval.judge,
+            **about_judge,
         }
         results["gates"] = check_gates(results, recipe.eval.gates.model_dump())
         _write_samples(session, before, after, rewards)
@@ -120,8 +124,9 @@ def _rewards(session: Session, before: Sequence[Group], after: Sequence[Group]) 
 
 def _ask(
     session: Session, before: Sequence[Group], after: Sequence[Group], fresh: bool
-) -> tuple[list[RankedGroup | Unranked], list[Group]]:
-    """Have the judge compare answers pair by pair; returns the verdicts, and the pairs that needed none.
+) -> tuple[list[RankedGroup | Unranked], list[Group], dict[str, float]]:
+    """Have the judge compare answers pair by pair; returns the verdicts, the pairs that needed none, and what there is
+    to say about the judge.
 
     The comparisons have a journal and a run id of their own: an eval that died picks up what it has paid for, and
     another eval never gets the items of this one.
@@ -158,7 +163,8 @@ def _ask(
                 verdicts += feedback.collect()
                 session.progress("comparing held-out answers", len(verdicts), len(asked))
                 time.sleep(POLL_S)
-        return verdicts, identical
+            about = {name.replace("/", "_"): n for name, n in feedback.status().items() if name.startswith("judge/")}
+        return verdicts, identical, about
 
 
 def _same_inputs(path: Path, fingerprint: str) -> bool:
@@ -169,9 +175,13 @@ def _same_inputs(path: Path, fingerprint: str) -> bool:
 @contextmanager
 def _judge(
     session: Session, journal: Journal, run_id: str
-) -> Iterator[VotesFeedback | RewardModelFeedback | RecordedFeedback]:
+) -> Iterator[VotesFeedback | RewardModelFeedback | RecordedFeedback | JudgeFeedback]:
     recipe = session.recipe
     assert recipe.eval is not None
+    if recipe.eval.judge == "judge":
+        with closing(judge_of(session, journal.append)) as judge:
+            yield judge
+        return
     if recipe.eval.judge == "reward_model":
         yield RewardModelFeedback(reward_model(session), journal.append)
         return
