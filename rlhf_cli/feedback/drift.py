@@ -158,6 +158,7 @@ class DriftWatch:
             promised = sum(e.groups for _, e in state.drift if isinstance(e, DriftFound) and e.cluster == cluster)
             targeted.left = promised - len(mine)
             targeted.waiting = mine & self._chosen.keys()
+        self.refit_due = state.refit_due
         missed = [event for cluster in sorted(self._rounds) for event in self._follows(cluster)]
         return missed if latest is None or latest in self._rounds else [*missed, *self._follows(latest)]
 

@@ -117,6 +117,8 @@ class HybridFeedback:
         row = {**self._people.status(), **self._chooser.status(), "rm/version": float(self._model.version)}
         if self._refresher is not None:
             row |= self._refresher.status()
+        if self._watch is not None:
+            row |= self._watch.status()
         if votes := sum(of for _, of in self._compared):
             row["rm/agreement"] = sum(agreed for agreed, _ in self._compared) / votes
         return row

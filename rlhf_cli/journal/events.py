@@ -260,14 +260,14 @@ class GroupSetAside(_Event):
     reason: str
 
 
-class PromptsClustered(_Event):
-    """How the drift watch sorts prompts in this run."""
+class PromptsCompared(_Event):
+    """How prompts are compared in this run, to its end."""
 
-    type: Literal["prompts_clustered"] = "prompts_clustered"
-    embedding: str
-    """`minilm` or `words`: what prompts are compared by; the same until the end of the run."""
-    clusters: tuple[tuple[int, str], ...]
-    """How many of the prompts each has, and the prompt in its middle."""
+    type: Literal["prompts_compared"] = "prompts_compared"
+    embedding: Literal["minilm", "words"]
+    """What stands for a prompt: see `policy.embeddings`."""
+    clusters: tuple[tuple[int, str], ...] = ()
+    """Where a drift watch sorts them: how many prompts each cluster has, and the id of the one in its middle."""
 
 
 class DriftFound(_Event):
@@ -389,7 +389,7 @@ Event = Annotated[
     | VotesLate
     | SnapshotContradicted
     | GroupSetAside
-    | PromptsClustered
+    | PromptsCompared
     | DriftFound
     | RoundEnded
     | RewardModelRefreshed

@@ -23,7 +23,7 @@ from rlhf_cli.journal.events import (
     ItemDoubled,
     ItemEnded,
     ItemStopped,
-    PromptsClustered,
+    PromptsCompared,
     RewardModelRefreshed,
     RolledBack,
     RoundEnded,
@@ -121,9 +121,11 @@ class RunState:
     checkpoint: CheckpointSaved | None = None
     rollbacks: tuple[RolledBack, ...] = ()
     tripped: tuple[GuardTripped, ...] = ()
-    clustered: PromptsClustered | None = None
+    compared: PromptsCompared | None = None
     drift: tuple[tuple[int, DriftFound | RoundEnded], ...] = ()
     """What the drift watch found, each with its place in the journal."""
+    refit_due: bool = False
+    """A targeted round ended, and no refit came after it."""
     refreshed: tuple[RewardModelRefreshed, ...] = ()
     """Refits of the reward model, published or not."""
     votes_total: float = 0.0
@@ -203,12 +205,13 @@ def _after(state: RunState, entry: Entry) -> RunState:
             return replace(state, tripped=(*state.tripped, event))
         case RolledBack():
             return _rolled_back(state, entry, event)
-        case PromptsClustered():
-            return replace(state, clustered=event)
+        case PromptsCompared():
+            return replace(state, compared=event)
         case RewardModelRefreshed():
-            return replace(state, refreshed=(*state.refreshed, event))
+            return replace(state, refreshed=(*state.refreshed, event), refit_due=False)
         case DriftFound() | RoundEnded():
-            return replace(state, drift=(*state.drift, (entry.seq, event)))
+            due = state.refit_due or isinstance(event, RoundEnded)
+            return replace(state, drift=(*state.drift, (entry.seq, event)), refit_due=due)
         case RunStopped():
             return replace(state, stopped=event)
         case _:
