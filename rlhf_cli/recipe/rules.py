@@ -220,6 +220,13 @@ def _learner(recipe: Plain) -> Broken:
             "is taken from scores, and here people's votes are learned from as they are; use `labels: posterior`, "
             "another learner, or hybrid feedback",
         )
+    limits = [recipe.value(*online, "kl", key) for key in ("soft_nats", "hard_nats")]
+    if recipe.value(*online, "learner", "reference") == "previous" and limits == [None, None]:
+        yield (
+            (*online, "learner", "reference"),
+            "moves with the policy, so nothing would hold it near the model it started from: add kl.soft_nats or "
+            "kl.hard_nats, which are measured against that model",
+        )
     if _algorithm(recipe) == "ppo":
         yield from _ppo(recipe)
 
