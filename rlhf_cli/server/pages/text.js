@@ -14,19 +14,33 @@ function nameOf(character) {
 // The text with every hidden character replaced by a visible name of it.
 export const visible = (text) => String(text).replace(HIDDEN, nameOf);
 
-// Show text as text, hidden characters set apart.
-export function showText(element, text) {
-  const parts = [];
+// The text in pieces {from, to, shown, odd}; what is shown of an odd one, a hidden character, is its name.
+export function pieces(text) {
+  const found = [];
   let from = 0;
   for (const match of text.matchAll(HIDDEN)) {
-    const odd = document.createElement("span");
-    odd.className = "odd";
-    odd.textContent = nameOf(match[0]);
-    parts.push(text.slice(from, match.index), odd);
-    from = match.index + match[0].length;
+    const to = match.index + match[0].length;
+    found.push({ from, to: match.index, shown: text.slice(from, match.index), odd: false });
+    found.push({ from: match.index, to, shown: nameOf(match[0]), odd: true });
+    from = to;
   }
-  element.replaceChildren(...parts, text.slice(from));
+  found.push({ from, to: text.length, shown: text.slice(from), odd: false });
+  return found.filter((piece) => piece.from < piece.to);
 }
+
+// The text as nodes, hidden characters set apart.
+export function textNodes(text) {
+  return pieces(text).map(({ shown, odd }) => {
+    if (!odd) return document.createTextNode(shown);
+    const named = document.createElement("span");
+    named.className = "odd";
+    named.textContent = shown;
+    return named;
+  });
+}
+
+// Show text as text.
+export const showText = (element, text) => element.replaceChildren(...textNodes(text));
 
 // Show markdown that the server has rendered and sanitised; what is not a known tag without attributes stays out.
 export function showMarkdown(element, html) {

@@ -1,15 +1,20 @@
 // Voting: one pair on the screen, the next one waiting behind it, and every vote kept here until the server has it.
 import { ask, Offline, Refused, whoAmI } from "/pages/api.js";
-import { showImage, showMarkdown, showText } from "/pages/text.js";
+import { asSent, select, selectedIn, showMarked, units, withMark } from "/pages/marks.js";
+import { showImage, showMarkdown, showText, visible } from "/pages/text.js";
 
 const BLIND_MS = 400; // what is pressed right after a pair appears was meant for the one before
 const UNDO_MS = 60000;
 const WARN_S = 15;
+const RENEW_MS = 45000; // who marks needs longer
 const KEYS = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 0: "tie", ArrowDown: "tie",
   b: "both_bad", s: "skip", u: "undo", Backspace: "undo" };
 const SAID = { left: "Answer 1 it is", right: "Answer 2 it is", tie: "Equal", both_bad: "Both bad", skip: "Skipped" };
 
 const $ = (id) => document.getElementById(id);
+const MARKS = { g: "good", x: "bad", Delete: "none" };
+const STEPS = { ArrowLeft: ["word", -1], ArrowRight: ["word", 1], ArrowUp: ["sentence", -1], ArrowDown: ["sentence", 1] };
+const markButtons = [...document.querySelectorAll("[data-mark]")];
 const buttons = Object.fromEntries([...document.querySelectorAll("[data-act]")].map((b) => [b.dataset.act, b]));
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
 
@@ -89,13 +94,13 @@ function send() {
   })();
   return sending;
 }
-async function sendOne({ lease, outcome, response_ms }, again = false) {
+async function sendOne({ lease, outcome, response_ms, segments }, again = false) {
   try {
-    await ask("POST", `/vote/${encodeURIComponent(lease)}`, { outcome, response_ms }, { keepalive: true });
+    await ask("POST", `/vote/${encodeURIComponent(lease)}`, { outcome, response_ms, segments }, { keepalive: true });
     if (outcome !== "skip") today += 1;
   } catch (error) {
     if (!(error instanceof Refused) || [401, 408, 429].includes(error.status) || error.status >= 500) throw error;
-    if (error.status === 403 && !again) return renewSession(() => sendOne({ lease, outcome, response_ms }, true));
+    if (error.status === 403 && !again) return renewSession(() => sendOne({ lease, outcome, response_ms, segments }, true));
     if (error.status === 410) say("That pair had gone back before your vote arrived; it is kept but does not count.", "warn");
     else if (error.status !== 409) say(`A vote was refused: ${error.message}.`, "bad"); // 409: it was there already
     if (last?.pair.lease === lease) last = null;
@@ -136,7 +141,7 @@ function fill() {
   })();
   return filling;
 }
-const timed = (pair) => ({ ...pair, until: Date.now() + pair.secondsLeft * 1000, shown: 0 });
+const timed = (pair) => ({ ...pair, until: Date.now() + pair.secondsLeft * 1000, shown: 0, marks: { left: [], right: [] }, marksBefore: [] });
 
 function reached() {
   if (offline) say("Back online. Everything is kept.");
@@ -174,12 +179,14 @@ function next() {
 }
 
 function act(what) {
+  if (what === "undo" && current?.marksBefore?.length) return unmark();
   if (stopped || Date.now() < blindUntil) return;
   if (what === "undo") return void undo();
   if (!current) return;
   if (current.until <= Date.now()) return lost();
   const pair = current;
-  keep(pair.lease, { outcome: what, response_ms: Math.max(0, Math.round(Date.now() - pair.shown)), at: Date.now() });
+  const response_ms = Math.max(0, Math.round(Date.now() - pair.shown));
+  keep(pair.lease, { outcome: what, response_ms, segments: pair.segments ? asSent(pair) : undefined, at: Date.now() });
   last = { pair, outcome: what, at: Date.now() };
   say(`${SAID[what]}.`);
   next();
@@ -200,7 +207,7 @@ async function undo() {
     let again = pair;
     if (waiting().some((vote) => vote.lease === pair.lease)) forget(pair.lease);
     else {
-      again = timed(await ask("POST", `/vote/${encodeURIComponent(pair.lease)}/undo`));
+      again = { ...timed(await ask("POST", `/vote/${encodeURIComponent(pair.lease)}/undo`)), marks: pair.marks };
       if (outcome !== "skip") today = Math.max(0, today - 1);
     }
     if (current) upcoming.unshift(current);
@@ -237,6 +244,81 @@ async function renew(pair) {
   }
 }
 
+// ---- Marks in the answers, where they are asked for
+
+const MOST_MARKS = 64;
+let picked = null; // {side, start, end}: what is selected
+let held = null; // the same when a button was touched: some browsers drop the selection by that
+let keyboardSide = null; // the answer that arrows select in
+
+function pick() {
+  picked = null;
+  if (current?.segments) {
+    for (const side of ["left", "right"]) {
+      const span = selectedIn($(side), current[side]);
+      if (span) picked = { side, ...span };
+    }
+  }
+  const marked = picked && current.marks[picked.side].some((m) => m.start < picked.end && m.end > picked.start);
+  for (const button of markButtons) button.disabled = !picked || (button.dataset.mark === "none" && !marked);
+  const words = picked ? visible(current[picked.side].slice(picked.start, picked.end)) : "";
+  const short = words.length > 60 ? `${words.slice(0, 59)}\u2026` : words;
+  const hint = keyboardSide ? "Arrows select, G good, X bad, M or Esc ends" : "Select words to mark them, if you like";
+  $("picked").textContent = picked ? `\u201c${short}\u201d` : hint;
+}
+function mark(what, span = picked) {
+  if (!span || !current) return;
+  const before = current.marks;
+  const marks = withMark(before[span.side], span, { good: true, bad: false, none: null }[what]);
+  if (marks.length + before[span.side === "left" ? "right" : "left"].length > MOST_MARKS) return say(`No more than ${MOST_MARKS} marks.`, "warn");
+  current.marksBefore.push(before);
+  current.marks = { ...before, [span.side]: marks };
+  say({ good: "Marked as good.", bad: "Marked as bad.", none: "Unmarked." }[what]);
+  remarked(span);
+}
+function unmark() {
+  current.marks = current.marksBefore.pop();
+  say("Mark taken back.");
+  remarked(picked);
+}
+function remarked(span) {
+  for (const side of ["left", "right"]) showMarked($(side), current[side], current.marks[side]);
+  if (keyboardSide && span) select($(span.side), current[span.side], span);
+  else getSelection().removeAllRanges();
+  pick();
+  remember();
+  if (current.until - Date.now() < RENEW_MS) void renew(current);
+  render();
+}
+function selectByKeyboard() {
+  keyboardSide = keyboardSide === null ? "left" : keyboardSide === "left" ? "right" : null;
+  getSelection().removeAllRanges();
+  if (keyboardSide && !$("more").hidden) { fold($("more"), true); fit(); }
+  picked = null;
+  if (keyboardSide) step("word", 1, false);
+  pick();
+}
+function step(granularity, way, extend) {
+  const text = current[keyboardSide];
+  const all = units(text, granularity);
+  const from = picked?.side === keyboardSide ? picked : { start: 0, end: 0 };
+  const to = way > 0 ? all.find((unit) => unit.start >= from.end) : all.findLast((unit) => unit.end <= from.start);
+  if (to) select($(keyboardSide), text, extend ? { start: Math.min(from.start, to.start), end: Math.max(from.end, to.end) } : to);
+}
+// True where the key was one for marking.
+function markKey(event) {
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  pick(); // the browser tells of a selection a little later
+  if (key === "m") selectByKeyboard();
+  else if (MARKS[key]) mark(MARKS[key]);
+  else if (keyboardSide && STEPS[key]) step(...STEPS[key], event.shiftKey);
+  else if (keyboardSide && key === "Escape") {
+    keyboardSide = null;
+    getSelection().removeAllRanges();
+  } else return false;
+  return true;
+}
+
 // ---- The screen
 
 function show(pair) {
@@ -257,8 +339,13 @@ function show(pair) {
     $(side).classList.toggle("markdown", html !== undefined);
     if (pair.kind === "image") showImage($(side), pair[side], name);
     else if (html !== undefined) showMarkdown($(side), html);
+    else if (pair.segments) showMarked($(side), pair[side], pair.marks[side]);
     else showText($(side), pair[side]);
   }
+  $("marking").hidden = $("help-marks").hidden = !pair.segments;
+  keyboardSide = null;
+  getSelection().removeAllRanges();
+  pick();
   fold($("more"), false);
   fold($("prompt-more"), false);
   fit();
@@ -335,7 +422,7 @@ function render() {
   else if (left <= WARN_S && !stopped) [text, kind] = [`This pair goes back in ${WARN_S} s or less`, "warn"];
   if ($("status").textContent !== text) $("status").textContent = text;
   $("status").className = `status ${kind || "soft"}`;
-  const undoable = last !== null && Date.now() - last.at <= UNDO_MS;
+  const undoable = current?.marksBefore?.length > 0 || (last !== null && Date.now() - last.at <= UNDO_MS);
   buttons.undo.disabled = !undoable;
   for (const what of ["left", "right", "tie", "both_bad", "skip"]) buttons[what].disabled = !current;
   if (me && openItems !== null) $("progress").textContent = `${today} today, ${openItems} open`;
@@ -344,6 +431,12 @@ function render() {
 // ---- What may happen to the page
 
 for (const [what, button] of Object.entries(buttons)) button.addEventListener("click", () => act(what));
+for (const button of markButtons) {
+  button.addEventListener("pointerdown", () => { held = picked; });
+  button.addEventListener("mousedown", (event) => event.preventDefault()); // the selection stays
+  button.addEventListener("click", () => { mark(button.dataset.mark, held ?? picked); held = null; });
+}
+document.addEventListener("selectionchange", pick);
 $("more").addEventListener("click", () => { fold($("more"), $("more").getAttribute("aria-expanded") !== "true"); fit(); });
 $("prompt-more").addEventListener("click", () => { fold($("prompt-more"), $("prompt-more").getAttribute("aria-expanded") !== "true"); fit(); });
 $("rest-action").addEventListener("click", () => restAction?.());
@@ -357,6 +450,8 @@ $("sign-out").addEventListener("click", async () => {
   render();
 });
 document.addEventListener("click", (event) => {
+  const touched = event.target.closest("#pair mark"); // to change or remove it
+  if (touched && getSelection().isCollapsed) return getSelection().selectAllChildren(touched);
   if (event.target.tagName !== "IMG" || !event.target.closest("#voting")) return;
   $("picture-image").src = event.target.src;
   $("picture-image").alt = event.target.alt;
@@ -366,6 +461,7 @@ document.addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   if (event.target.closest("input, textarea, select, [tabindex]")) return;
   if (event.key === "?") return $("help").showModal();
+  if (current?.segments && markKey(event)) return event.preventDefault();
   const what = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!what || $("answers").hidden) return;
   event.preventDefault();
