@@ -49,6 +49,13 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("KL", say("{:.2f} nats a completion", "kl_sequence_nats") + say(", {:.4f} a token", "kl_token_nats"), ""),
         ("length", say("{:.0f} \u2192 {:.0f} tokens", "length_before_tokens", "length_after_tokens"), ""),
         ("votes used", say("{:,.0f}", "votes"), ""),
+        (
+            "judge",
+            say("position bias {:+.1%}", "judge_position_bias")
+            + say(", {:.0%} of pairs contradict", "judge_inconsistent_frac")
+            + say(", ${:,.2f}", "judge_usd"),
+            "",
+        ),
         ("cost", say("${:,.2f}", "cost_usd"), ""),
         ("time", say("{:,.0f} s", "seconds"), ""),
     ]

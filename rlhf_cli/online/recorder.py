@@ -90,7 +90,7 @@ class Recorder(TrainerCallback):
             **status,
             "flow/votes_step": sum(votes),
             "flow/votes_per_group": statistics.fmean(votes),
-            "cost/usd": status.get("flow/votes_total", 0.0) * stream.recipe.budget.usd_per_1k_votes / 1000,
+            "cost/usd": stream.usd(),
             "time/step_s": now - self._step_started,
             "time/generate_s": spent.get("generate", 0.0),
             "time/reference_s": spent.get("reference", 0.0),

@@ -127,6 +127,9 @@ class Stream:
 
     def _affordable(self, groups: int) -> bool:
         budget, flow = self.recipe.budget, self.recipe.flow
+        if self.online.feedback == "judge" and budget.usd is not None:
+            each = self.feedback.status().get("judge/usd_per_group", 0.0)
+            return self.usd() + (self.outstanding + groups) * each <= budget.usd
         if self.online.feedback != "votes" or flow is None:
             return True
         most = flow.responses.max
@@ -230,13 +233,17 @@ class Stream:
     def _votes(self) -> float:
         return self.feedback.status().get("flow/votes_total", 0.0)
 
+    def usd(self) -> float:
+        """What votes and a judge have cost."""
+        judge = self.feedback.status().get("judge/usd", 0.0)
+        return self._votes() * self.recipe.budget.usd_per_1k_votes / 1000 + judge
+
     def _spent(self) -> str:
-        usd = self._votes() * self.recipe.budget.usd_per_1k_votes / 1000
-        return f"{self._votes():.0f} votes, {usd:.2f} USD"
+        return f"{self._votes():.0f} votes, {self.usd():.2f} USD"
 
     def _report_status(self) -> None:
         if not self.observers:
             return
-        row = {**self.feedback.status(), "cost/usd": self._votes() * self.recipe.budget.usd_per_1k_votes / 1000}
+        row = {**self.feedback.status(), "cost/usd": self.usd()}
         for observer in self.observers:
             observer.on_status(row)

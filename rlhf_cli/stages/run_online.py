@@ -248,8 +248,9 @@ def _summary(session: Session, stream: Stream) -> dict[str, float | str | None]:
     return {
         "steps": stream.step,
         "votes": votes,
-        "cost_usd": votes * session.recipe.budget.usd_per_1k_votes / 1000,
+        "cost_usd": stream.usd(),
         "reward_first": rows[0].get("reward/mean") if rows else None,
         "reward_last": rows[-1].get("reward/mean") if rows else None,
         "kl_sequence_nats": rows[-1].get("kl/sequence_nats") if rows else None,
+        **{name.replace("/", "_"): figure for name, figure in status.items() if name.startswith("judge/")},
     }
