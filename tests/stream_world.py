@@ -118,9 +118,12 @@ class People:
                 self.disk.append(GroupSetAside(group_id=group.id, reason="no votes"))
                 decided.append(Unranked(group, "no votes"))
                 continue
-            wins = WinMatrix([[0, answer.votes], [0, 0]])
-            rows = tuple(tuple(row) for row in wins.wins.tolist())
-            event = GroupRanked(group_id=group.id, source="item:i", wins=rows, latency_s=1.0, complete=True)
+            rows = [[0.0] * len(group.completions) for _ in group.completions]
+            rows[0][1] = answer.votes
+            wins = WinMatrix(rows)
+            event = GroupRanked(
+                group_id=group.id, source="item:i", wins=tuple(map(tuple, rows)), latency_s=1.0, complete=True
+            )
             self.disk.append(event)
             self.votes += answer.votes
             decided.append(RankedGroup(group, wins, "item:i", 1.0, True))

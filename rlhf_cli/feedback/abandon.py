@@ -21,7 +21,9 @@ SHOWN_AFTER_S = (0.0, 1.0, 2.0, 4.0)
 """Pauses before looks for the votes of an item that was ended: a service may need a moment to end it."""
 
 
-async def abandon(flow: Flow, flow_id: str, groups: Sequence[GroupState], journal: Callable[[Event], object]) -> int:
+async def abandon(
+    flow: Flow, flow_id: str, groups: Sequence[GroupState], journal: Callable[[Event], object], reason: str = REASON
+) -> int:
     """End the items of `groups`, keep what was voted as paid, set the groups aside. Returns how many items ended.
 
     Raises:
@@ -35,13 +37,13 @@ async def abandon(flow: Flow, flow_id: str, groups: Sequence[GroupState], journa
             for item_id in item_ids:
                 with suppress(FlowRefused):  # over already, or forgotten
                     await flow.stop(item_id)
-                    journal(ItemStopped(group_id=group.sampled.group_id, item_id=item_id, reason=REASON))
+                    journal(ItemStopped(group_id=group.sampled.group_id, item_id=item_id, reason=reason))
                     stopped.append(item_id)
             return item_ids
 
     async def keep(group: GroupState, item_ids: Sequence[str]) -> None:
         await _all(_keep(flow, group, item_id, journal) for item_id in item_ids)
-        journal(GroupSetAside(group_id=group.sampled.group_id, reason=REASON))
+        journal(GroupSetAside(group_id=group.sampled.group_id, reason=reason))
 
     # All of them first: while one waits for its votes, the others would cost more.
     await _all(map(keep, groups, await _all(map(end, groups))))

@@ -70,12 +70,13 @@ class Recording:
 
     @property
     def batches(self) -> tuple[Batch, ...]:
-        """In the order they were sampled.
+        """In the order they were sampled; not those of policies that a roll-back gave up.
 
         Raises:
             DataError: The recording does not say which groups were sampled together.
         """
-        sampled = sorted((group.sampled for group in self.state.groups.values()), key=lambda s: s.index)
+        stand = (group.sampled for group in self.state.groups.values() if not group.void)
+        sampled = sorted(stand, key=lambda s: s.index)
         batches = []
         for first, together in groupby(sampled, key=lambda s: s.batch):
             if first is None:

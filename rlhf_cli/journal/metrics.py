@@ -38,6 +38,9 @@ METRICS: dict[str, Metric] = {
     "train_rm/learning_rate": Metric("learning rate", "", "Step size of the optimiser.", ".2e"),
     "train_rm/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
     "reward/mean": Metric("reward", "", "Mean score of freshly sampled completions.", ".3f"),
+    "reward/length_controlled": Metric(
+        "reward at equal length", "", "What it would be at the length of the first step, by the slope in groups.", ".3f"
+    ),
     "reward/std": Metric("reward spread", "", "Standard deviation of that score.", ".3f"),
     "kl/sequence_nats": Metric("KL", "nats", "KL from the reference, per completion.", ".2f"),
     "kl/token_nats": Metric("KL per token", "nats", "KL from the reference, per token.", ".4f"),
@@ -48,6 +51,10 @@ METRICS: dict[str, Metric] = {
     "train/learning_rate": Metric("learning rate", "", "Step size of the optimiser.", ".2e"),
     "train/beta": Metric("beta", "", "How strongly the policy is held to the reference.", ".3f"),
     "length/mean_tokens": Metric("length", "tokens", "Mean length of sampled completions.", ".1f"),
+    "length/mean_chars": Metric("length", "characters", "Mean length of sampled completions.", ".0f"),
+    "length/reward_correlation": Metric(
+        "length in the score", "", "Correlation of score and length within groups, as the learner sees scores.", ".2f"
+    ),
     "length/ended_frac": Metric("ended", "", "Share of completions that ended by themselves.", ".2f"),
     "staleness/mean_steps": Metric("staleness", "steps", "Age of the policy that sampled what trained, mean.", ".2f"),
     "staleness/max_steps": Metric("staleness, oldest", "steps", "Age of the oldest group that trained.", ".0f"),
@@ -117,9 +124,16 @@ class MetricsWriter:
         for observer in self._observers:
             observer.on_metrics(step, row)
 
+    def void_after(self, step: int) -> None:
+        """Take back the rows of later steps, for readers; what was written stays in the file."""
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"void_after": step, "at": time.time()}) + "\n")
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows by step, ascending; the last row of a step wins, half-written lines are skipped. Empty without a file."""
+    """Rows by step, ascending; the last row of a step wins, half-written lines and rows that were taken back are
+    skipped. Empty without a file.
+    """
     rows: dict[int, dict[str, Any]] = {}
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
@@ -127,6 +141,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:  # also bytes that are no UTF-8
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if not isinstance(row, dict):
+                continue
+            if isinstance(row.get("void_after"), int):
+                rows = {step: kept for step, kept in rows.items() if step <= row["void_after"]}
+            elif isinstance(row.get("step"), int):
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

@@ -37,7 +37,7 @@ def publish(run: RunDir, step: int, consumed: Mapping[int, Sequence[str]], keep:
     when every file in it is on disk.
     """
     source = partial_dir(run) / f"checkpoint-{step}"
-    target = run.checkpoints / f"step-{step:06d}"
+    target = run.checkpoints / _name(step)
     (source / CONSUMED).write_text(json.dumps({"step": step, "consumed": {k: list(v) for k, v in consumed.items()}}))
     files = sorted(p for p in source.rglob("*") if p.is_file())
     manifest = {str(p.relative_to(source)): {"bytes": p.stat().st_size, "sha256": _sync_and_hash(p)} for p in files}
@@ -63,9 +63,39 @@ def latest(run: RunDir) -> Checkpoint | None:
     """
     if not run.latest.exists():
         return None
-    path = run.checkpoints
+    return _verified(run.checkpoints / run.latest.read_text("utf-8", errors="replace").strip())
+
+
+def before(run: RunDir, step: int) -> Checkpoint | None:
+    """The newest published checkpoint of fewer than `step` steps, verified; None where there is none left.
+
+    Raises:
+        RunDamaged: As `latest`.
+    """
+    earlier = [path for path in sorted(run.checkpoints.glob("step-*")) if path.name < _name(step)]
+    return _verified(earlier[-1]) if earlier else None
+
+
+def discard_after(run: RunDir, step: int) -> None:
+    """Remove the checkpoints of more than `step` steps, so that the one of `step` is the latest; 0 leaves none.
+
+    Can be done again, whatever died in here before.
+    """
+    if step:
+        write_atomic(run.latest, _name(step).encode())
+    else:
+        run.latest.unlink(missing_ok=True)
+    for path in run.checkpoints.glob("step-*"):
+        if path.name > _name(step):
+            shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _verified(path: Path) -> Checkpoint:
     try:
-        path /= run.latest.read_text("utf-8").strip()
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name, expected in manifest.items():
             if (path / name).stat().st_size != expected["bytes"] or _hash(path / name) != expected["sha256"]:

@@ -24,7 +24,7 @@ class RecordedStream(Stream):
     def __init__(self, recording: Recording, **given: Any) -> None:
         super().__init__(**given)
         self._recorded_steps = recording.steps_for(self.online.steps)
-        self._batches = recording.batches
+        self._batches, self._steps = recording.batches, recording.state.steps
         self._why: str | None = None
         """Of the first group without votes."""
 
@@ -33,6 +33,7 @@ class RecordedStream(Stream):
             missing = batch.first + batch.count - self.next_index
             if batch.policy_step == self.step and missing > 0:
                 self.stop.check()
+                self.next_index = max(self.next_index, batch.first)  # a roll-back of the recording left some out
                 self._sample(min(missing, batch.count))
         self.stop.check()
         self._collect()
@@ -48,6 +49,12 @@ class RecordedStream(Stream):
         self.ready.clear()
         self.ready.extend(ranked for index, ranked in ready.items() if index not in wanted)
         return taken
+
+    def _beta(self) -> float:
+        return self._steps[self.step + 1].beta or super()._beta()
+
+    def _heed_guards(self) -> None:
+        """The recording holds the steps that stood, whatever its guards did."""
 
     def _check_hopeless(self, reason: str) -> None:
         # A step without groups ends the replay, not a row of groups without votes.

@@ -15,6 +15,7 @@ from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.learner.online import OnlineLearner
 from rlhf_cli.learner.watch import check_gradients
 from rlhf_cli.online.checkpoint import publish
+from rlhf_cli.online.guards import Guards
 from rlhf_cli.online.stream import Fresh, Stream
 
 
@@ -84,7 +85,7 @@ class Recorder(TrainerCallback):
             "train/grad_norm": logs["grad_norm"],
             "train/learning_rate": logs["learning_rate"],
             **learner.step_metrics,
-            **_fresh(stream.fresh),
+            **_fresh(stream.fresh, stream.guards),
             "staleness/mean_steps": statistics.fmean(ages),
             "staleness/max_steps": float(max(ages)),
             **status,
@@ -103,7 +104,7 @@ class Recorder(TrainerCallback):
         return row
 
 
-def _fresh(fresh: Fresh) -> dict[str, float]:
+def _fresh(fresh: Fresh, guards: Guards) -> dict[str, float]:
     """Figures of the completions sampled since the last step; empty where none were."""
     if not fresh.kl_nats:
         return {}
@@ -111,9 +112,14 @@ def _fresh(fresh: Fresh) -> dict[str, float]:
         "kl/sequence_nats": statistics.fmean(fresh.kl_nats),
         "kl/token_nats": sum(fresh.kl_nats) / max(1, sum(fresh.tokens)),
         "length/mean_tokens": statistics.fmean(fresh.tokens),
+        "length/mean_chars": statistics.fmean(fresh.chars),
         "length/ended_frac": statistics.fmean(fresh.ended),
     }
+    if (correlation := guards.correlation) is not None:
+        row["length/reward_correlation"] = correlation
     if fresh.rewards:
         row["reward/mean"] = statistics.fmean(fresh.rewards)
         row["reward/std"] = statistics.pstdev(fresh.rewards)
+        if (controlled := guards.length_controlled(row["reward/mean"], row["length/mean_chars"])) is not None:
+            row["reward/length_controlled"] = controlled
     return row

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_cli.errors import BudgetReached, Diverged
-from rlhf_cli.journal.events import GroupSampled, GroupSetAside
+from rlhf_cli.journal.events import GroupSampled, GroupSetAside, GuardTripped
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.learner.batch import Batch
+from rlhf_cli.online.guards import Guards, RollBack, Trip
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
@@ -34,6 +35,7 @@ class Fresh:
     rewards: list[float] = field(default_factory=list)
     kl_nats: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    chars: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
 
 
@@ -58,6 +60,7 @@ class Stream:
         observers: Sequence[Observer] = (),
         reward: Reward | None = None,
         clock: Callable[[], float] = time.monotonic,
+        started: float | None = None,
     ) -> None:
         assert recipe.run_online is not None
         self.policy, self.feedback, self.journal, self.stop = policy, feedback, journal, stop
@@ -71,9 +74,12 @@ class Stream:
         self.ready: deque[RankedGroup] = deque()
         self.fresh = Fresh()
         self.batch: Batch | None = None
-        self.kl_nats: float | None = None
+        self.guards = Guards(self.online, state)
+        self.beta, self.rollbacks = self.online.learner.beta * state.beta_scale, len(state.rollbacks)
+        self._noted = {event.guard for event in state.tripped if event.action == "note"}
         self.set_aside_in_a_row = 0
-        self.started = clock()
+        self.started = clock() if started is None else started
+        """Clock time from which the deadline counts; of the run where a roll-back made another stream."""
         self._recorded = [state.steps[s] for s in sorted(state.steps)]
         self._ranked = {
             g.sampled.group_id: g.ranked.ranked(g.sampled.group())
@@ -86,7 +92,7 @@ class Stream:
         since_checkpoint = self._recorded[self.step :]
         for recorded in since_checkpoint:  # after a crash: exactly as they were
             groups = [self._ranked[group_id] for group_id in recorded.group_ids]
-            yield self._deliver(Batch(groups, recorded.beta or self.online.learner.beta))
+            yield self._deliver(Batch(groups, recorded.beta or self.beta))
         while True:
             yield self._deliver(Batch(self._next_groups(), self._beta()))
 
@@ -98,6 +104,7 @@ class Stream:
         while True:
             self.stop.check()
             self._collect()
+            self._heed_guards()
             self._check_deadline()
             well_fed = len(self.ready) >= 2 * wanted
             if len(self.ready) >= enough and (sampled or well_fed or not self._room()):
@@ -153,6 +160,8 @@ class Stream:
             step=self.step,
             seed=self.recipe.seed,
         )
+        self.guards.sampled(groups)
+        self._heed_guards()  # before anybody is asked about what a policy beyond its limits wrote
         for group in groups:
             self.journal.append(GroupSampled.of(group, batch=first))
             self.next_index += 1
@@ -167,28 +176,51 @@ class Stream:
         return self.prompts[order[place]]
 
     def _measure(self, groups: Sequence[Group]) -> None:
-        kls = [c.kl_nats for g in groups for c in g.completions]
-        self.fresh.kl_nats += kls
+        self.fresh.kl_nats += [sum(c.logps) - sum(c.ref_logps) for g in groups for c in g.completions]
         self.fresh.tokens += [len(c.token_ids) for g in groups for c in g.completions]
+        self.fresh.chars += [len(c.text) for g in groups for c in g.completions]
         self.fresh.ended += [c.ended for g in groups for c in g.completions]
         if self.reward is not None:
             for group in groups:
-                self.fresh.rewards += self.reward(group.prompt, [c.text for c in group.completions])
-        self.kl_nats = statistics.fmean(kls)
-        hard = self.online.kl.hard_nats
-        if hard is not None and self.kl_nats > hard:
-            raise Diverged(
-                f"KL to the reference is {self.kl_nats:.1f} nats a completion after step {self.step}, "
-                f"run_online.kl.hard_nats is {hard:g}; the last checkpoint is kept. "
-                "Raise learner.beta or lower learner.learning_rate, and start over with --fresh."
-            )
+                rewards = self.reward(group.prompt, [c.text for c in group.completions])
+                self.fresh.rewards += rewards
+                self.guards.shown(group, rewards)
+
+    def _heed_guards(self) -> None:
+        """Do what the recipe wants done where a guard has tripped.
+
+        Raises:
+            RollBack: Steps are given up.
+            Diverged: The run ends.
+        """
+        for trip in self.guards.trips(self.step):
+            if trip.action == "note":
+                if trip.guard not in self._noted:
+                    self._noted.add(trip.guard)
+                    self._record(trip, "note")
+            elif trip.action == "stop" or self.rollbacks == self.online.kl.max_rollbacks:
+                self._record(trip, "stop")
+                after = f" after {self.rollbacks} roll-backs" if self.rollbacks else ""
+                raise Diverged(
+                    f"{trip}{after}; the last checkpoint is kept. "
+                    "Raise learner.beta or lower learner.learning_rate, and start over with --fresh."
+                )
+            elif self.step:  # with no step taken there is none to give up
+                raise RollBack(trip)
+
+    def _record(self, trip: Trip, action: Literal["note", "stop"]) -> None:
+        for observer in self.observers:
+            observer.on_note(str(trip))
+        self.journal.append(
+            GuardTripped(guard=trip.guard, step=trip.step, value=trip.value, limit=trip.limit, action=action)
+        )
 
     def _beta(self) -> float:
         """Beta grows with the square of how far KL is beyond its soft limit, and comes back with it."""
-        beta, soft = self.online.learner.beta, self.online.kl.soft_nats
-        if soft is None or self.kl_nats is None:
-            return beta
-        return beta * max(1.0, self.kl_nats / soft) ** 2
+        soft, now = self.online.kl.soft_nats, self.guards.kl_latest_nats
+        if soft is None or now is None:
+            return self.beta
+        return self.beta * max(1.0, now / soft) ** 2
 
     def _collect(self) -> None:
         for verdict in self.feedback.collect():
@@ -198,6 +230,7 @@ class Stream:
                 self._check_hopeless(verdict.reason)
             else:
                 self.set_aside_in_a_row = 0
+                self.guards.ranked(verdict)
                 self.ready.append(verdict)
         limit = self.online.staleness.max_steps
         fresh: deque[RankedGroup] = deque()

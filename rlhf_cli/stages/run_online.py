@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import tempfile
 import time
@@ -20,14 +21,16 @@ from rlhf_cli.errors import (
     Stopped,
     UsageError,
 )
-from rlhf_cli.feedback.abandon import abandon
+from rlhf_cli.feedback.abandon import REASON, abandon
 from rlhf_cli.feedback.recorded import Recording
-from rlhf_cli.journal.events import StageStarted
+from rlhf_cli.journal.events import RolledBack, StageStarted
+from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.metrics import MetricsWriter, read_metrics
 from rlhf_cli.journal.observe import Observer
-from rlhf_cli.journal.replay import RunState
+from rlhf_cli.journal.replay import GroupState, RunState, replay
 from rlhf_cli.learner.online import online_learner
-from rlhf_cli.online.checkpoint import Checkpoint, latest, partial_dir
+from rlhf_cli.online.checkpoint import Checkpoint, before, discard_after, latest, partial_dir
+from rlhf_cli.online.guards import RollBack, Trip
 from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
 from rlhf_cli.online.stop import StopRequest
@@ -61,9 +64,7 @@ def run(
             return done
         recording = _recording(session)
         state, checkpoint = _begin(session, resume, fresh)
-        session.progress("loading the policy", 0, 1)
-        policy = Policy(session.start_model(), recipe)
-        session.progress("loading the policy", 1, 1)
+        policy = _policy(session)
         prompts = read_prompts(recipe.data.prompts)
         measured = recipe.data.heldout_prompts if recipe.eval else None
         heldout = read_prompts(measured) if measured else []
@@ -71,24 +72,92 @@ def run(
             policy.encode(prompt)  # one that is too long is found before anything is paid for
         _note_checks(session, policy, prompts, heldout)
         _announce(session)
-        with feedback_of(session, state, recording) as feedback:
-            given: dict[str, Any] = {
-                "policy": policy,
-                "feedback": feedback,
-                "journal": session.journal,
-                "state": state,
-                "prompts": prompts,
-                "recipe": recipe,
-                "stop": stop,
-                "observers": observers,
-                "reward": reward_for_display(session)[0],
-            }
-            stream = Stream(**given) if recording is None else RecordedStream(recording, **given)
-            _train(session, stream, policy, checkpoint)
+        given: dict[str, Any] = {"prompts": prompts, "stop": stop, "started": time.monotonic()}
+        while isinstance(stream := _attend(session, state, policy, checkpoint, recording, given), RollBack):
+            del policy  # there may be no room for two
+            gc.collect()
+            state, checkpoint = _roll_back(session, stream.trip)
+            policy = _policy(session)
         with tempfile.TemporaryDirectory(dir=session.run.checkpoints) as scratch:
             policy.save(str(Path(scratch) / "model"))
             put_in_place(Path(scratch) / "model", session.run.online_model)
         return session.finish(_summary(session, stream))
+
+
+def _policy(session: Session) -> Policy:
+    session.progress("loading the policy", 0, 1)
+    policy = Policy(session.start_model(), session.recipe)
+    session.progress("loading the policy", 1, 1)
+    return policy
+
+
+def _attend(
+    session: Session,
+    state: RunState,
+    policy: Policy,
+    checkpoint: Checkpoint | None,
+    recording: Recording | None,
+    given: dict[str, Any],
+) -> Stream | RollBack:
+    """Train from `checkpoint` to the last step, or to where a guard wants steps given up."""
+    try:
+        with feedback_of(session, state, recording) as feedback:
+            given = {
+                **given,
+                "policy": policy,
+                "feedback": feedback,
+                "journal": session.journal,
+                "state": state,
+                "recipe": session.recipe,
+                "observers": session.observers,
+                "reward": reward_for_display(session)[0],
+            }
+            stream = Stream(**given) if recording is None else RecordedStream(recording, **given)
+            _train(session, stream, policy, checkpoint)
+            return stream
+    except RollBack as rolled:
+        return RollBack(rolled.trip)  # without the frames, which hold the model
+
+
+def _roll_back(session: Session, trip: Trip) -> tuple[RunState, Checkpoint | None]:
+    """Give up the steps after the last checkpoint before the trip; from here on the process is as one that resumed."""
+    online, run = session.recipe.run_online, session.run
+    assert online is not None
+    state, checkpoint = replay(read(session.journal.path)), before(run, trip.step)
+    if checkpoint is not None:
+        _check_lineage(checkpoint, state)
+    to_step, scale = checkpoint.step if checkpoint else 0, state.beta_scale * online.kl.rollback_beta
+    session.journal.append(
+        RolledBack(
+            guard=trip.guard,
+            value=trip.value,
+            limit=trip.limit,
+            from_step=trip.step,
+            to_step=to_step,
+            checkpoint=str(checkpoint.path.relative_to(run.path)) if checkpoint else None,
+            beta_scale=scale,
+        )
+    )
+    session.note(f"{trip}: rolled back to step {to_step}, beta is {online.learner.beta * scale:g} from here on")
+    _clear_up(session, replay(read(session.journal.path)))
+    return replay(read(session.journal.path)), checkpoint
+
+
+def _clear_up(session: Session, state: RunState) -> None:
+    """Remove what the latest roll-back made void; all of it can be done again, whatever died in here before."""
+    if not state.rollbacks:
+        return
+    to_step = state.rollbacks[-1].to_step
+    if max(state.steps, default=0) <= to_step:  # else this was done before the next step was trained
+        discard_after(session.run, to_step)
+        shutil.rmtree(partial_dir(session.run), ignore_errors=True)
+        MetricsWriter(session.run.metrics).void_after(to_step)
+    _end_items(
+        session,
+        [group for group in state.groups.values() if group.void and not (group.ranked or group.ended or group.stopped)],
+        f"rolled back to step {to_step}",
+        "the steps that were given up",
+    )
 
 
 def _note_checks(session: Session, policy: Policy, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
@@ -126,7 +195,9 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     if session.recipe.run_online is not None and session.recipe.run_online.learner.algorithm == "ppo":
         session.require("train-rm", run.train_rm_model)  # its critic starts as that
     if fresh:
-        _abandon(session, state)
+        _end_items(session, state.open_groups, REASON, "the attempt before")
+    else:
+        _clear_up(session, state)
     attempt = max(1, state.attempt + (1 if fresh and state.groups else 0))
     if fresh and run.checkpoints.parent.exists():
         run.checkpoints.parent.rename(run.path / f"online.replaced-{time.time_ns()}")
@@ -140,13 +211,13 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     return session.state, checkpoint
 
 
-def _abandon(session: Session, state: RunState) -> None:
-    """End the items that people still vote on for the attempt that is given up; every vote on them would cost."""
-    open_groups = [group for group in state.open_groups if any(ask.dataset_id for ask in group.asks)]
-    recipe, flow = session.recipe, state.flow
-    if not open_groups or flow is None:
+def _end_items(session: Session, groups: Sequence[GroupState], reason: str, of: str) -> None:
+    """End the items that people still vote on for groups that are given up; every vote on them would cost."""
+    asked = [group for group in groups if any(ask.dataset_id for ask in group.asks)]
+    recipe, flow = session.recipe, session.state.flow
+    if not asked or flow is None:
         return
-    go_on = f"{len(open_groups)} items of the attempt before may go on until their time is over"
+    go_on = f"{len(asked)} items of {of} may go on until their time is over"
     if recipe.flow is None or recipe.flow.service != flow.service:
         session.note(f"{go_on}: they are at {flow.service}, which the recipe no longer names")
         return
@@ -155,7 +226,7 @@ def _abandon(session: Session, state: RunState) -> None:
         client = connect()
         try:
             async with asyncio.timeout(ABANDON_S):
-                return await abandon(client, flow.flow_id, open_groups, session.journal.append)
+                return await abandon(client, flow.flow_id, asked, session.journal.append, reason)
         finally:
             await client.close()
 
@@ -165,7 +236,7 @@ def _abandon(session: Session, state: RunState) -> None:
     except (FlowUnavailable, FlowRefused, TimeoutError) as error:
         session.note(f"{go_on}: {error or 'the service did not answer in time'}")
     else:
-        session.note(f"ended {ended} items that people were still voting on for the attempt before")
+        session.note(f"ended {ended} items that people were still voting on for {of}")
 
 
 def _announce(session: Session) -> None:
@@ -247,6 +318,7 @@ def _summary(session: Session, stream: Stream) -> dict[str, float | str | None]:
     votes = status.get("flow/votes_total", 0.0)
     return {
         "steps": stream.step,
+        "rollbacks": stream.rollbacks or None,
         "votes": votes,
         "cost_usd": stream.usd(),
         "reward_first": rows[0].get("reward/mean") if rows else None,

@@ -138,4 +138,4 @@ def test_what_makes_sense_breaks_no_rule(changes: list[tuple[str, str]]) -> None
 def test_a_value_of_the_wrong_type_is_a_mistake_of_its_own_and_stops_no_rule(changes: list[tuple[str, str]]) -> None:
     found = problems([*changes, ("hard_nats: 20", "on_hard: rollback")])
     assert any("run_online.kl.on_hard: rolls back at the hard limit" in problem for problem in found)
-    assert len(found) > 2  # the one above, that rolling back is for later, and the wrong type
+    assert len(found) > 1  # the one above, and the wrong type

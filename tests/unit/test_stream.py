@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stream_world import PROMPTS, Answer, Disk, Killed, People, Writer, sampled, stream, train
 
 from rlhf_cli.errors import BudgetReached, Diverged, Stopped
-from rlhf_cli.journal.events import GroupSetAside, StepTrained
+from rlhf_cli.journal.events import GroupSetAside, GuardTripped, StepTrained
 from rlhf_cli.online import stream as module
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.recipe.schema import Recipe
@@ -255,7 +255,11 @@ def test_beyond_the_hard_limit_of_drift_the_run_ends() -> None:
     disk = Disk()
     run = stream(recipe(kl={"hard_nats": 20.0}), disk, People(disk), policy=Writer(kl_nats=20.5))
     with pytest.raises(Diverged, match=r"20\.5 nats.*hard_nats is 20"):
-        next(iter(run))
+        train(run, disk)
+    # Four completions a step: the fourth sampling makes it enough to judge by, and nobody is asked about that one.
+    assert (len(disk.of(StepTrained)), len(sampled(disk))) == (3, 6)
+    (tripped,) = disk.of(GuardTripped)
+    assert (tripped.guard, tripped.step, tripped.value, tripped.limit, tripped.action) == ("kl", 3, 20.5, 20.0, "stop")
 
 
 def test_the_weights_are_synced_before_every_sampling() -> None:
