@@ -14,12 +14,15 @@ from rlhf_cli.feedback.function import FunctionFeedback, HttpFeedback, PythonFee
 from rlhf_cli.feedback.judge import JudgeFeedback
 from rlhf_cli.feedback.recorded import RecordedFeedback, Recording
 from rlhf_cli.feedback.reward_model import RewardModelFeedback
+from rlhf_cli.feedback.scores import score_groups
+from rlhf_cli.feedback.selection import SelectedVotes
 from rlhf_cli.feedback.votes import VotesFeedback
 from rlhf_cli.flow.credentials import Credentials, usable
 from rlhf_cli.journal.events import Event
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.rewards import reward_model
+from rlhf_cli.stages.selection import chooser_of
 from rlhf_cli.stages.service import flow_service, flow_spec
 from rlhf_cli.stages.session import Session
 from rlhf_cli.types import Feedback
@@ -50,12 +53,26 @@ def feedback_of(session: Session, state: RunState, recording: Recording | None) 
             yield judge
     else:
         with _people(session, state) as people:
-            yield people
+            asked = people if online.selection is None else _selected(session, state, people)
+            asked.resume(state.groups.values())
+            yield asked
+
+
+def _selected(session: Session, state: RunState, people: VotesFeedback) -> SelectedVotes:
+    """People who see a part of the groups; a reward model says where it is unsure, if that is what counts."""
+    online = session.recipe.run_online
+    assert online is not None
+    assert online.selection is not None
+    chooser, _ = chooser_of(session, state)
+    if online.selection.by != "uncertainty":
+        return SelectedVotes(people, chooser, session.journal.append)
+    model = reward_model(session)
+    return SelectedVotes(people, chooser, session.journal.append, lambda group: score_groups(model, [group])[0])
 
 
 @contextmanager
 def _people(session: Session, state: RunState) -> Iterator[VotesFeedback]:
-    """People at the flow of the run, or whoever votes there."""
+    """People at the flow of the run, or whoever votes there; not asked yet about what is open."""
     recipe, online = session.recipe, session.recipe.run_online
     assert recipe.flow is not None
     assert online is not None
@@ -76,7 +93,6 @@ def _people(session: Session, state: RunState) -> Iterator[VotesFeedback]:
             note=session.note,
         )
         try:
-            votes.resume(state.groups.values())
             yield votes
         finally:
             votes.close()
