@@ -34,6 +34,25 @@ def votes_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
     return (wins_BGG * F.softplus(-margins_BGG)).sum((-2, -1))
 
 
+def votes_ipo(scores_BG: Tensor, wins_BGG: Tensor, beta: float) -> Tensor:
+    """Squared distance of the margin of every vote from 1 / (2 beta), added up per group: how far IPO lets it grow.
+
+    Args:
+        scores_BG: Log-ratio to the reference, in nats a token: the mean over a completion, as TRL and the paper's
+            authors have it, so that one beta serves all lengths.
+        wins_BGG: As for `win_matrix_nll`.
+
+    Source: Azar et al. (2023), "A General Theoretical Paradigm to Understand Learning from Human Preferences", eq. 17.
+    """
+    margins_BGG = scores_BG[..., :, None] - scores_BG[..., None, :]
+    return (wins_BGG * (margins_BGG - 1 / (2 * beta)).square()).sum((-2, -1))
+
+
+def smoothed(wins_BGG: Tensor, share: float) -> Tensor:
+    """Count `share` of every vote for the other side; the number of votes stays."""
+    return (1 - share) * wins_BGG + share * wins_BGG.transpose(-2, -1)
+
+
 def votes_offset(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
     """Squared sum of the two scores of each vote, added up per group: what Bradley-Terry leaves free.
 
@@ -63,6 +82,12 @@ def best_worst(wins_BGG: Tensor) -> Tensor:
     return pair_BGG
 
 
+def only_best_worst(wins_BGG: Tensor) -> Tensor:
+    """Keep what was said of the pair of `best_worst`, both ways; all 0 where every completion has the same share."""
+    pair_BGG = best_worst(wins_BGG)
+    return wins_BGG * (pair_BGG + pair_BGG.transpose(-2, -1))
+
+
 def vote_agreement(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
     """Share of all votes whose winner has the higher score; equal scores count half."""
     margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
@@ -74,3 +99,13 @@ def vote_margin(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
     """Mean score of a vote's winner above its loser."""
     margins_BGG = scores_BG[:, :, None] - scores_BG[:, None, :]
     return (wins_BGG * margins_BGG).sum() / wins_BGG.sum().clamp(min=1e-9)
+
+
+@torch.no_grad()
+def entropy_by_rows(logits_RTV: Tensor) -> Tensor:
+    """Entropy of every next-token distribution in nats, shape (R, T), for display: without a gradient.
+
+    A second tensor of the size of the logits is what memory is short of, so only one row's is held at a time.
+    """
+    rows = [torch.distributions.Categorical(logits=row_TV, validate_args=False).entropy() for row_TV in logits_RTV]
+    return torch.stack(rows)

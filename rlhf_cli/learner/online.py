@@ -50,11 +50,16 @@ def online_learner(
         reward_model: Folder of the model that `train-rm` left, where there is one.
     """
     assert recipe.run_online is not None
-    if recipe.run_online.learner.algorithm == "ppo":
+    algorithm = recipe.run_online.learner.algorithm
+    if algorithm == "ppo":
         from rlhf_cli.learner.ppo import PPOTrainer
 
         assert reward_model is not None  # a recipe with ppo is refused without
         return PPOTrainer(policy, batches, recipe, output_dir, callbacks, reward_model)
+    if algorithm in ("grpo", "rloo"):
+        from rlhf_cli.learner.policy_gradient import GroupGradientTrainer
+
+        return GroupGradientTrainer(policy, batches, recipe, output_dir, callbacks)
     from rlhf_cli.learner.dpo import GroupDPOTrainer
 
     return GroupDPOTrainer(policy, batches, recipe, output_dir, callbacks)

@@ -116,7 +116,7 @@ _LOSSES: dict[str, tuple[str, ...]] = {
 class Learner(Section):
     """How the policy learns. Keys that its algorithm does not have are refused."""
 
-    algorithm: Annotated[Algorithm, NotYet(one_of("grpo", "rloo"), "the {value} learner is", "dpo or ppo")]
+    algorithm: Algorithm
     """`dpo` fits the votes themselves, with beta times the log-ratio to the reference as the score; `grpo` and `rloo`
     raise what scored above its group; `ppo` climbs the rewards of a reward model with a critic."""
     beta: float = Field(0.1, gt=0)
@@ -128,35 +128,26 @@ class Learner(Section):
     """Gradients longer than this are shortened to it."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
-    reference: Annotated[Literal["sft", "previous"], NotYet(one_of("previous"), "the {value} reference is", "sft")] = (
-        "sft"
-    )
+    reference: Literal["sft", "previous"] = "sft"
     """What the policy is held to: the model it started from, or, renewed every `reference_every` steps, itself as it
     was then."""
     reference_every: int | None = Field(None, ge=1)
     """Steps between two renewals of the `previous` reference: the length of an iteration."""
-    epochs: Annotated[int, NotYet(lambda n: n > 1, "more than one epoch is", "1")] = Field(1, ge=1, le=16)
+    epochs: int = Field(1, ge=1, le=16)
     """Passes over the groups of a step."""
-    minibatches: Annotated[int, NotYet(lambda n: n > 1, "more than one minibatch is", "1")] = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
     """Updates in each pass, each on its part of the groups."""
-    accumulate: Annotated[int, NotYet(lambda n: n > 1, "gradient accumulation is", "1")] = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1)
     """Parts that an update is computed in: the same gradient, in less memory."""
-    loss: Annotated[
-        Literal["sigmoid", "ipo", "grpo", "dr_grpo", "dapo", "bnpo", "cispo"] | None,
-        NotYet(one_of("ipo", "grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "the {value} loss is", "sigmoid"),
-    ] = None
+    loss: Literal["sigmoid", "ipo", "grpo", "dr_grpo", "dapo", "bnpo", "cispo"] | None = None
     """`dpo`: `sigmoid` (the Bradley-Terry likelihood, its default) or `ipo`; `grpo` and `rloo`: how TRL averages over
     tokens, `grpo` (the default), `dr_grpo`, `dapo`, `bnpo` or `cispo`."""
     pairs: Literal["all", "best_worst"] = "all"
     """`all` learns from every vote of a group; `best_worst` only from its best against its worst completion."""
-    labels: Annotated[Literal["votes", "posterior"], NotYet(one_of("posterior"), "{value} labels are", "votes")] = (
-        "votes"
-    )
+    labels: Literal["votes", "posterior"] = "votes"
     """`votes` counts them; `posterior` takes for every pair the probability that the ranking fitted to all votes of the
     group gives it."""
-    label_smoothing: Annotated[float, NotYet(lambda share: share > 0, "label smoothing is", "0")] = Field(
-        0.0, ge=0, lt=0.5
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of every vote that counts for the other side."""
     clip: float = Field(0.2, gt=0, lt=1)
     """How far the probability of a token may fall, as a share, before it stops counting."""
@@ -197,6 +188,8 @@ class Learner(Section):
         if self.loss is not None and self.loss not in _LOSSES[self.algorithm]:
             known = ", ".join(_LOSSES[self.algorithm]) or "no choice of losses"
             raise problem(f"{self.algorithm} has {known}, not {self.loss}", "loss", "algorithm")
+        if self.ratio == "sequence" and self.loss_name != "grpo":
+            raise problem(f"{self.loss_name} weighs tokens, so a ratio of whole completions needs loss grpo", "ratio")
         if (self.reference == "previous") != (self.reference_every is not None):
             raise problem("the previous reference and reference_every belong together", "reference_every", "reference")
         return self
@@ -335,10 +328,7 @@ class Kl(Section):
     """Beyond this, beta is raised until the policy comes back."""
     hard_nats: float | None = Field(None, gt=0)
     """Beyond this, the run ends as `on_hard` says."""
-    on_hard: Annotated[
-        Literal["stop", "rollback"],
-        NotYet(one_of("rollback"), "{value} at the hard limit is", "stop"),
-    ] = "stop"
+    on_hard: Literal["stop", "rollback"] = "stop"
     """`stop` ends the run with exit code 7 and keeps the last good checkpoint; `rollback` goes on from there with a
     higher beta."""
     rollback_beta: float = Field(2.0, gt=1)
@@ -391,7 +381,7 @@ class RunOnline(Section):
     """Keep the reward model up with the policy; only with `hybrid`."""
     drift: Annotated[Drift | None, NotYet(_given, "the drift watch is", "no such section")] = None
     """Ask people where the reward model goes wrong; only with `hybrid`."""
-    length: Annotated[Length | None, NotYet(_given, "the length guard is", "no such section")] = None
+    length: Length | None = None
     """What is done about ever longer completions."""
     segments: Annotated[Segments | None, NotYet(_given, "segment feedback is", "no such section")] = None
     """Let raters mark spans; only with `votes` and `dpo`."""
@@ -404,6 +394,9 @@ class RunOnline(Section):
     def _check(self) -> Self:
         in_order(self, "prompts_per_step", "max_in_flight")
         in_order(self, "min_ready", "max_in_flight")
+        rolls_back = self.kl.on_hard == "rollback" or (self.length is not None and self.length.on_trip == "rollback")
+        if rolls_back and self.keep_checkpoints < 2:
+            raise problem("a roll-back needs the checkpoint before the latest: keep at least 2", "keep_checkpoints")
         if isinstance(self.sampling.temperature, list) and len(self.sampling.temperature) > self.group_size:
             raise problem(
                 f"sampling.temperature has {len(self.sampling.temperature)} entries for a group_size of "

@@ -395,9 +395,9 @@ def test_groups_hold_two_to_sixteen_completions(size: int) -> None:
         ("  crowd: {raters: 10}\n", "", "15:3: flow.service: the embedded service needs simulated raters"),
         ("  heldout_prompts: heldout.jsonl\n", "", "26:1: eval: needs data.heldout_prompts"),
         ("steps: 3", "steps: 3\n  feedback: hybrid", "22:3: run_online.feedback: `hybrid` feedback is not there yet in this version; use votes or reward_model"),
-        ("algorithm: dpo", "algorithm: grpo", "24:13: run_online.learner.algorithm: the `grpo` learner is not there yet"),
-        ("algorithm: dpo", "algorithm: dpo, loss: ipo", "24:29: run_online.learner.loss: the `ipo` loss is not there yet"),
-        ("hard_nats: 20", "hard_nats: 20, on_hard: rollback", "25:37: run_online.kl.on_hard: `rollback` at the hard limit is not there yet"),
+        ("algorithm: dpo", "algorithm: grpo, loss: dapo, ratio: sequence", "24:42: run_online.learner.ratio: dapo weighs tokens, so a ratio of whole completions needs loss grpo"),
+        ("algorithm: dpo", "algorithm: rloo, loss: ipo", "24:30: run_online.learner.loss: rloo has grpo, dr_grpo, dapo, bnpo, cispo, not ipo"),
+        ("hard_nats: 20}", "hard_nats: 20, on_hard: rollback}\n  keep_checkpoints: 1", "26:3: run_online.keep_checkpoints: a roll-back needs the checkpoint before the latest"),
         ("dataset: votes.jsonl", "dataset: votes.jsonl\n  kind: pairwise\n  ensemble: 3", "15:3: train_rm.ensemble: an ensemble is of heads that score one completion"),
         ("dataset: votes.jsonl", "dataset: votes.jsonl\n  stop_early: {every: 5}", "14:3: train_rm.stop_early: stop_early needs `heldout`"),
         ("dataset: votes.jsonl", "votes: .", "13:3: train_rm.votes: is no run folder, it has no journal.jsonl"),
@@ -440,15 +440,12 @@ def test_sections_that_need_each_other_say_so(drop: tuple[str, ...], said: list[
 
 
 def test_a_mistake_elsewhere_hides_no_rule() -> None:
-    text = RECIPE.replace("hard_nats: 20", "hard_nats: 3, on_hard: rollback").replace(
-        "dataset: sft.jsonl", "dataset: 3"
-    )
+    text = RECIPE.replace("hard_nats: 20", "hard_nats: 3").replace("dataset: sft.jsonl", "dataset: 3")
     text = text.replace("  heldout_prompts: heldout.jsonl\n", "").replace("seed: 7", "seed: on")
     assert [re.split(r":\d+: ", line)[1].split(":")[0] for line in problems(text)] == [
         "seed",
         "sft.dataset",
         "run_online.kl.soft_nats",
-        "run_online.kl.on_hard",
         "eval",
     ]
 
