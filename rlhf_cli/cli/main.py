@@ -11,6 +11,7 @@ import typer
 from rlhf_cli import __version__
 from rlhf_cli.cli import check, crowd, models, people, report, score, serve, stages, topics, vote, votes
 from rlhf_cli.cli.crash import write_crash
+from rlhf_cli.cli.options import TASTES
 from rlhf_cli.cli.show import err
 from rlhf_cli.errors import RecipeError, RlhfError
 
@@ -65,7 +66,7 @@ def main() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        app(prog_name="rlhf")
+        app(_with_taste(sys.argv[1:]), prog_name="rlhf")
     except RlhfError as error:
         err(f"error: {_headline(error)}{error}")
         sys.exit(error.exit_code)
@@ -75,6 +76,15 @@ def main() -> None:
         file = write_crash(error)
         err(f"error: unexpected {type(error).__name__}, a bug in rlhf; please report it with {file}")
         sys.exit(1)
+
+
+def _with_taste(arguments: list[str]) -> list[str]:
+    """`--simulate` may stand alone, which typer has no option for: then it says that the taste is the recipe's own."""
+    after = [*arguments[1:], ""]
+    return [
+        f"{word}=own" if word == "--simulate" and following not in TASTES else word
+        for word, following in zip(arguments, after, strict=True)
+    ]
 
 
 def _headline(error: RlhfError) -> str:

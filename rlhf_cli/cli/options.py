@@ -23,4 +23,15 @@ Output = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier attempt stopped.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever an earlier attempt left.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would ask and cost, as `rlhf plan` does.")]
+TASTES = ("kind", "brief", "letters")
+"""Of simulated raters, as in `flow.crowd.taste`."""
+Simulate = Annotated[
+    Literal["own", "kind", "brief", "letters"] | None,
+    typer.Option(
+        metavar="[TASTE]",
+        show_choices=False,
+        help="Rehearse with simulated raters in place of whoever compares, without money; their taste is that of the "
+        "recipe's crowd, or TASTE: kind, brief or letters. The run folder is runs/NAME-OF-RECIPE-simulated.",
+    ),
+]
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the server.", show_default=False)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_cli.cli.crash import crash_goes_to
-from rlhf_cli.cli.options import AsJson, DryRun, Fresh, Output, RecipeFile, Resume, RunFolder, Sets
+from rlhf_cli.cli.options import AsJson, DryRun, Fresh, Output, RecipeFile, Resume, RunFolder, Sets, Simulate
 from rlhf_cli.cli.show import out_result
 from rlhf_cli.errors import DataError, GateFailed, RecipeError, Stopped, UsageError
 
@@ -39,9 +39,15 @@ def add_to(app: typer.Typer) -> None:
         app.command(name, help=description)(open_flow if name == "open-flow" else _command(name))
 
 
-def plan(recipe_file: RecipeFile, sets: Sets = None, run_dir: RunFolder = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe_file: RecipeFile,
+    sets: Sets = None,
+    run_dir: RunFolder = None,
+    simulate: Simulate = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a recipe will ask, cost and be able to show, before anything is spent."""
-    loaded, folder = _checked("run", recipe_file, sets, run_dir)
+    loaded, folder = _checked("run", recipe_file, sets, run_dir, simulate)
     _plan(loaded, folder, as_json)
 
 
@@ -54,11 +60,12 @@ def _command(name: str) -> Callable[..., None]:
         resume: Resume = False,
         fresh: Fresh = False,
         dry_run: DryRun = False,
+        simulate: Simulate = None,
         as_json: AsJson = False,
     ) -> None:
         if resume and fresh:
             raise UsageError("--resume and --fresh exclude each other: go on, or start again")
-        loaded, folder = _checked(name, recipe_file, sets, run_dir)
+        loaded, folder = _checked(name, recipe_file, sets, run_dir, simulate)
         if dry_run:
             _plan(loaded, folder, as_json)
             return
@@ -78,11 +85,12 @@ def open_flow(
     resume: Resume = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    simulate: Simulate = None,
     as_json: AsJson = False,
 ) -> None:
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other: go on, or start again")
-    loaded, folder = _checked("open-flow", recipe_file, sets, run_dir)
+    loaded, folder = _checked("open-flow", recipe_file, sets, run_dir, simulate)
     if dry_run:
         from rlhf_cli.stages.plan import flow_plan
 
@@ -92,19 +100,25 @@ def open_flow(
     _show(result, as_json)
 
 
-def _checked(name: str, recipe_file: Path, sets: list[str] | None, run_dir: Path | None) -> tuple[LoadedRecipe, Path]:
-    """The recipe and the run folder of a command, with every mistake in recipe and data files found."""
+def _checked(
+    name: str, recipe_file: Path, sets: list[str] | None, run_dir: Path | None, simulate: str | None
+) -> tuple[LoadedRecipe, Path]:
+    """The recipe and the run folder of a command, with every mistake in recipe and data files found.
+
+    A rehearsal has a run folder of its own: what simulated raters said must never stand in for people.
+    """
     from rlhf_cli.recipe.data import check_files
     from rlhf_cli.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe_file, sets or [])
+    loaded = load_recipe(recipe_file, sets or [], simulate)
     section = _SECTIONS.get(name)
     if section is not None and getattr(loaded.recipe, section) is None:
         raise RecipeError([f"{recipe_file}: {section}: missing section; `rlhf {name}` works from it"])
     complaints = check_files(loaded.recipe)
     if complaints:
         raise DataError("\n".join(map(str, complaints)))
-    return loaded, run_dir or Path("runs") / loaded.recipe.name
+    name_of_folder = loaded.recipe.name + ("-simulated" if simulate is not None else "")
+    return loaded, run_dir or Path("runs") / name_of_folder
 
 
 def _run(name: str, loaded: LoadedRecipe, folder: Path, output: Output, **options: bool) -> dict[str, Any]:
@@ -114,6 +128,10 @@ def _run(name: str, loaded: LoadedRecipe, folder: Path, output: Output, **option
     from rlhf_cli.live.open import open_display
 
     with stoppable(), open_display(output, f"{loaded.recipe.name} {name}") as display:
+        if loaded.simulate is not None:
+            display.on_note(
+                "simulated raters stand in for whoever compares, nothing is paid; the result is a rehearsal"
+            )
         stage = import_module(f"rlhf_cli.stages.{name.replace('-', '_')}")
         result: dict[str, Any] = stage.run(loaded, folder, observers=[display], **options)
         if name == "run":

@@ -23,9 +23,12 @@ from rlhf_cli.recipe.kinds import SUFFIXES, Section
 from rlhf_cli.recipe.problems import Place, Problem, describe, looks_secret
 from rlhf_cli.recipe.rules import broken_rules
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.simulated import simulated
 from rlhf_cli.recipe.written import Scalar, Unreadable, Written, read, scalar
 from rlhf_cli.text import without_userinfo
 
+OWN = "own"
+"""For `--simulate`: the taste of the recipe's own crowd."""
 _SET_RANK = 1000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%:+-]+)?")
 _VARIABLE = re.compile(r"\$\$\{|\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
@@ -45,27 +48,37 @@ class LoadedRecipe:
     """Where each written key was typed, by dotted key."""
     sets: tuple[str, ...] = ()
     """The `--set` overrides, as typed."""
+    simulate: str | None = None
+    """The taste of `--simulate`, `own` where none was named; None without it."""
 
     def command(self, name: str, *more: str) -> str:
         """`rlhf NAME` on this recipe as it has to be typed again, with the same overrides."""
         sets = [word for key in self.sets for word in ("--set", key)]
-        return shlex.join(["rlhf", name, str(self.path), *sets, *more])
+        taste = "" if self.simulate == OWN else f"={self.simulate}"
+        simulate = [f"--simulate{taste}"] if self.simulate is not None else []
+        return shlex.join(["rlhf", name, str(self.path), *sets, *simulate, *more])
 
 
-def load_recipe(path: Path, sets: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: Path, sets: Sequence[str] = (), simulate: str | None = None) -> LoadedRecipe:
     """Read and check the recipe at `path`, with `--set` overrides such as `run_online.steps=10`.
+
+    Args:
+        simulate: The taste of simulated raters who take the place of whoever compares; `own` for that of the recipe's
+            own crowd, None to leave the recipe as it is.
 
     Raises:
         RecipeError: Every mistake found, in the order of the file.
         UsageError: An override is not `key=value`.
     """
-    loaded, problems = check_recipe(path, sets)
+    loaded, problems = check_recipe(path, sets, simulate)
     if loaded is None:
         raise RecipeError([str(problem) for problem in problems])
     return loaded
 
 
-def check_recipe(path: Path, sets: Sequence[str] = ()) -> tuple[LoadedRecipe | None, list[Problem]]:
+def check_recipe(
+    path: Path, sets: Sequence[str] = (), simulate: str | None = None
+) -> tuple[LoadedRecipe | None, list[Problem]]:
     """Like `load_recipe`, but returns the mistakes; the recipe is None where there is one."""
     try:
         text, tree, problems = _read_file(str(path), 0, ())
@@ -73,6 +86,8 @@ def check_recipe(path: Path, sets: Sequence[str] = ()) -> tuple[LoadedRecipe | N
         return None, [error.problem]
     tree, more = _apply(sets, tree)
     problems += more
+    if simulate is not None:
+        tree = simulated(tree, None if simulate == OWN else simulate)
     found: dict[KeyPath, Problem] = {}
     tree = _settle(tree, (), found)
     nodes = dict(tree.walk())
@@ -92,7 +107,7 @@ def check_recipe(path: Path, sets: Sequence[str] = ()) -> tuple[LoadedRecipe | N
     if recipe is None or problems:
         return None, problems
     places = {".".join(key): node.place for key, node in nodes.items() if key}
-    return LoadedRecipe(recipe, Path(path), text, _origins(nodes), places, tuple(sets)), []
+    return LoadedRecipe(recipe, Path(path), text, _origins(nodes), places, tuple(sets), simulate), []
 
 
 def _validated(tree: Written, nodes: dict[KeyPath, Written]) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
@@ -314,6 +329,6 @@ def _origins(nodes: dict[KeyPath, Written]) -> dict[str, str]:
             elif node.env is not None:
                 yield ".".join(here), f"env {node.env}"
             else:
-                yield ".".join(here), str(node.place) if node.place.line else "--set"
+                yield ".".join(here), str(node.place) if node.place.line else node.place.file.split()[0]
 
     return dict(below(Recipe, ()))

@@ -58,11 +58,17 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             "completions": groups * recipe.run_online.group_size,
             "rounds_of_prompts": groups / document["data"]["prompts"],
             **(_votes(recipe, groups, recipe.run_online.incomplete == "resubmit_once") if asks_online else {}),
+            **(_judge(recipe, groups, recipe.run_online.group_size) if recipe.run_online.feedback == "judge" else {}),
         }
     if recipe.eval is not None:
         prompts = document["data"]["heldout_prompts"]
         pairs = prompts * recipe.eval.answers_per_prompt
-        document["eval"] = {"prompts": prompts, "pairs": pairs, **(_votes(recipe, pairs) if asks_eval else {})}
+        document["eval"] = {
+            "prompts": prompts,
+            "pairs": pairs,
+            **(_votes(recipe, pairs) if asks_eval else {}),
+            **(_judge(recipe, pairs, 2) if recipe.eval.judge == "judge" else {}),
+        }
         each = document["eval"].get("votes", {}).get("expected", pairs) / pairs * recipe.eval.answers_per_prompt
         document["eval"]["detectable_win_rate"] = {
             "votes_independent": detectable_win_rate(prompts, each),
@@ -71,6 +77,10 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
         notes.append(
             "eval finds a true win rate of detectable_win_rate with 80 % probability: the first where every vote is a "
             "new opinion, the second where all votes on a prompt agree; the truth lies between"
+        )
+    if any("judge_requests" in document.get(part, {}) for part in ("run_online", "eval")):
+        notes.append(
+            "what a judge costs depends on the tokens it takes: not known before; budget.usd bounds run-online"
         )
     asked = [document[part] for part in ("run_online", "eval") if "votes" in document.get(part, {})]
     if asked:
@@ -200,6 +210,14 @@ def _votes(recipe: Recipe, items: int, asked_again: bool = False) -> dict[str, A
         "votes": {name: items * count for name, count in each.items()},
         "usd": {name: usd(recipe, items * count) for name, count in each.items()},
     }
+
+
+def _judge(recipe: Recipe, groups: int, size: int) -> dict[str, int]:
+    """Questions to the judge: each pair in both orders."""
+    assert recipe.run_online is not None
+    assert recipe.run_online.judge is not None
+    pairs = size * (size - 1) // 2
+    return {"judge_requests": 2 * groups * min(pairs, recipe.run_online.judge.comparisons or pairs)}
 
 
 def _total(parts: list[dict[str, Any]]) -> dict[str, Any]:

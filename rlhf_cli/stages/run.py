@@ -38,12 +38,13 @@ def run(
             results[name] = stage(loaded, path, observers, resume=resume, fresh=fresh, **also)
     price = loaded.recipe.budget.usd_per_1k_votes
     votes = sum(float(r["votes"]) for r in results.values() if r.get("votes") is not None)
+    judge_usd = max((r.get("judge_usd") or 0.0 for r in results.values()), default=0.0)  # of the run folder
     last = list(results.values())[-1] if results else {}
     return {
         **last,
         "stages": results,
         "votes": votes,
-        "cost_usd": votes * price / 1000,
+        "cost_usd": votes * price / 1000 + judge_usd,
         "seconds": sum(r["seconds"] for r in results.values()),
     }
 
