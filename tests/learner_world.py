@@ -54,7 +54,9 @@ def sampled(
     logps, ref_logps = (policy.logps(model, prompts, texts) for model in (policy.model, policy.reference))
     made = tuple(Completion("x" * len(t), t, p, r, True) for t, p, r in zip(texts, logps, ref_logps, strict=True))
     source = "item:x" if scores is None else "function"
-    return RankedGroup(Group(name, index, prompt("Hi"), PROMPT_IDS, made, 0), WinMatrix(wins), source, 1.0, True, scores)
+    return RankedGroup(
+        Group(name, index, prompt("Hi"), PROMPT_IDS, made, 0), WinMatrix(wins), source, 1.0, True, scores
+    )
 
 
 def without(ranked: RankedGroup, *, scores: tuple[float, ...]) -> RankedGroup:

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_cli.learner.groups import by_group, stack_wins
-from rlhf_cli.learner.losses import best_worst, vote_agreement, vote_margin, win_matrix_nll
+from rlhf_cli.learner.losses import (
+    best_worst,
+    entropy_by_rows,
+    only_best_worst,
+    smoothed,
+    vote_agreement,
+    vote_margin,
+    votes_ipo,
+    votes_nll,
+    win_matrix_nll,
+)
 from rlhf_cli.types import WinMatrix
 
 
@@ -170,3 +180,64 @@ def test_agreement_and_margin_by_hand() -> None:
     none = torch.zeros(1, 3, 3, dtype=torch.float64)
     assert float(vote_agreement(scores, none)) == 0
     assert float(vote_margin(scores, none)) == 0
+
+
+def test_ipo_by_hand() -> None:
+    """Azar et al. (2023), eq. 17: each vote's margin against 1 / (2 beta)."""
+    scores, wins, beta = f64([[0.75, -0.25, 0.5]]).requires_grad_(), f64([[[0, 2, 0], [1, 0, 0], [0, 3, 0]]]), 0.25
+    loss = votes_ipo(scores, wins, beta)
+    loss.sum().backward()
+    # margins 1, -1 and 0.75, and 1 / (2 beta) = 2
+    assert loss.tolist() == pytest.approx([2 * (1 - 2) ** 2 + 1 * (-1 - 2) ** 2 + 3 * (0.75 - 2) ** 2], abs=1e-12)
+    pulls = {(0, 1): 2 * 2 * (1 - 2), (1, 0): 1 * 2 * (-1 - 2), (2, 1): 3 * 2 * (0.75 - 2)}
+    expected = [
+        sum(p for (i, _), p in pulls.items() if i == k) - sum(p for (_, j), p in pulls.items() if j == k)
+        for k in range(3)
+    ]
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(voted_groups(), st.floats(-50, 50), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_ipo_knows_neither_a_shift_nor_an_order(
+    group: tuple[Tensor, Tensor], shift: float, shuffler: random.Random
+) -> None:
+    scores, wins = group
+    order = list(range(scores.shape[1]))
+    shuffler.shuffle(order)
+    whole = votes_ipo(scores, wins, 0.3)
+    assert torch.allclose(votes_ipo(scores + shift, wins, 0.3), whole, atol=1e-8)
+    assert torch.allclose(votes_ipo(scores[:, order], wins[:, order][:, :, order], 0.3), whole, atol=1e-10)
+
+
+@given(voted_groups())
+@settings(deadline=None)
+def test_a_vote_that_is_there_twice_weighs_twice(group: tuple[Tensor, Tensor]) -> None:
+    scores, wins = group
+    assert torch.allclose(votes_nll(scores, 2 * wins), 2 * votes_nll(scores, wins))
+    assert torch.allclose(votes_ipo(scores, 2 * wins, 0.3), 2 * votes_ipo(scores, wins, 0.3))
+
+
+@given(voted_groups(), st.floats(0, 0.49))
+@settings(deadline=None)
+def test_smoothing_moves_votes_to_the_other_side_and_makes_none(group: tuple[Tensor, Tensor], share: float) -> None:
+    _, wins = group
+    moved = smoothed(wins, share)
+    assert torch.allclose(moved.sum((1, 2)), wins.sum((1, 2)))
+    assert torch.allclose(moved + moved.transpose(1, 2), wins + wins.transpose(1, 2))
+    assert torch.equal(smoothed(wins, 0.0), wins)
+
+
+def test_smoothing_by_hand() -> None:
+    assert torch.allclose(smoothed(f64([[[0, 4], [1, 0]]]), 0.1), f64([[[0, 3.7], [1.3, 0]]]))
+
+
+def test_soft_labels_of_the_best_and_worst_pair_stay_soft() -> None:
+    labels = f64([[[0, 0.6, 0.9], [0.4, 0, 0.7], [0.1, 0.3, 0]]])
+    assert only_best_worst(labels).tolist() == [[[0, 0, 0.9], [0, 0, 0], [0.1, 0, 0]]]
+
+
+def test_entropy_by_hand() -> None:
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]]))
+    assert entropy_by_rows(logits)[0].tolist() == pytest.approx([1.5 * math.log(2), math.log(3)])
