@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
         "length in the score", "", "Correlation of score and length within groups, as the learner sees scores.", ".2f"
     ),
     "length/ended_frac": Metric("ended", "", "Share of completions that ended by themselves.", ".2f"),
+    "sampling/degenerate_total": Metric(
+        "degenerate", "groups", "Set aside unasked: completions all empty, all the same, or all cut off.", ".0f"
+    ),
     "staleness/mean_steps": Metric("staleness", "steps", "Age of the policy that sampled what trained, mean.", ".2f"),
     "staleness/max_steps": Metric("staleness, oldest", "steps", "Age of the oldest group that trained.", ".0f"),
     "flow/in_flight": Metric("in flight", "groups", "Groups that people are voting on.", ".0f"),
@@ -93,6 +96,7 @@ METRICS: dict[str, Metric] = {
     "judge/cached_frac": Metric("from disk", "", "Share of questions answered before, and not paid again.", ".2f"),
     "time/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
     "time/generate_s": Metric("generate", "s", "Sampling completions.", ".2f"),
+    "time/best_of_s": Metric("choosing", "s", "Scoring candidates of roles that keep the best of several.", ".2f"),
     "time/reference_s": Metric("reference", "s", "Log-probabilities under policy and reference.", ".2f"),
     "time/wait_s": Metric("wait", "s", "Waiting for votes.", ".2f"),
     "time/train_s": Metric("train", "s", "Learner update.", ".2f"),

@@ -13,7 +13,7 @@ from rlhf_cli.journal.replay import RunState
 from rlhf_cli.online.lengths import Scored, correlation_within, slope_within
 from rlhf_cli.ranking.bradley_terry import rank
 from rlhf_cli.recipe.online import RunOnline
-from rlhf_cli.types import Group, RankedGroup
+from rlhf_cli.types import Completion, Group, RankedGroup
 
 ENOUGH = 16
 """Completions that KL and length are judged by at least: a single one is far off by chance."""
@@ -68,9 +68,11 @@ class Guards:
     """
 
     def __init__(self, online: RunOnline, state: RunState) -> None:
-        self._online = online
+        self._online, self._own = online, online.sampling.own
         step = online.prompts_per_step * online.group_size
-        self._sampled, self._enough = deque[Group](), max(ENOUGH, step)
+        own = sum(role.name in self._own for role in online.sampling.of_group(online.group_size))
+        # By group those that the policy sampled as it is: a chosen one, or one of another policy, is no sample of it.
+        self._sampled, self._enough = deque[list[Completion]](), max(ENOUGH, online.prompts_per_step * own)
         self._scored, self._enough_scored = deque[Scored](), max(ENOUGH_SCORED, step)
         self._shown = deque[Scored]()
         self._first_chars: list[int] = []
@@ -82,12 +84,13 @@ class Guards:
 
     def sampled(self, groups: Iterable[Group]) -> None:
         for group in groups:
+            own = [c for c in group.completions if c.role in self._own]
             if group.policy_step == 0:
-                self._first_chars += _chars(group)
-            self._sampled.append(group)
-            size = sum(len(g.completions) for g in self._sampled)
-            while size - len(self._sampled[0].completions) >= self._enough:
-                size -= len(self._sampled.popleft().completions)
+                self._first_chars += [len(c.text) for c in own]
+            self._sampled.append(own)
+            size = sum(map(len, self._sampled))
+            while size - len(self._sampled[0]) >= self._enough:
+                size -= len(self._sampled.popleft())
 
     def ranked(self, ranked: RankedGroup) -> None:
         per_char = self._online.length.penalty if self._online.length else 0.0
@@ -100,7 +103,7 @@ class Guards:
     @property
     def kl_nats(self) -> float | None:
         """KL from the reference a completion, over what was sampled last; None where that is too little to tell."""
-        if sum(len(g.completions) for g in self._sampled) < ENOUGH:
+        if sum(map(len, self._sampled)) < ENOUGH:
             return None
         return _kl_nats(self._sampled)
 
@@ -113,7 +116,7 @@ class Guards:
     @property
     def growth(self) -> float | None:
         """Mean length of what was sampled last against what the untrained policy sampled, in characters."""
-        now = [n for group in self._sampled for n in _chars(group)]
+        now = [len(c.text) for own in self._sampled for c in own]
         if len(now) < ENOUGH or len(self._first_chars) < ENOUGH or not any(self._first_chars):
             return None
         return statistics.fmean(now) / statistics.fmean(self._first_chars)
@@ -148,8 +151,8 @@ class Guards:
         return found
 
 
-def _kl_nats(groups: Iterable[Group]) -> float:
-    return statistics.fmean(sum(c.logps) - sum(c.ref_logps) for g in groups for c in g.completions)
+def _kl_nats(groups: Iterable[list[Completion]]) -> float:
+    return statistics.fmean(c.kl_nats for own in groups for c in own)
 
 
 def _chars(group: Group) -> list[int]:

@@ -16,6 +16,7 @@ from rlhf_cli.learner.online import OnlineLearner
 from rlhf_cli.learner.watch import check_gradients
 from rlhf_cli.online.checkpoint import publish
 from rlhf_cli.online.guards import Guards
+from rlhf_cli.online.roles import role_metrics
 from rlhf_cli.online.stream import Fresh, Stream
 
 
@@ -86,6 +87,8 @@ class Recorder(TrainerCallback):
             "train/learning_rate": logs["learning_rate"],
             **learner.step_metrics,
             **_fresh(stream.fresh, stream.guards),
+            **(role_metrics(stream.fresh.roles, batch.groups) if stream.online.sampling.roles else {}),
+            "sampling/degenerate_total": float(stream.unasked),
             "staleness/mean_steps": statistics.fmean(ages),
             "staleness/max_steps": float(max(ages)),
             **status,
@@ -94,6 +97,7 @@ class Recorder(TrainerCallback):
             "cost/usd": stream.usd(),
             "time/step_s": now - self._step_started,
             "time/generate_s": spent.get("generate", 0.0),
+            "time/best_of_s": spent.get("best_of", 0.0),
             "time/reference_s": spent.get("reference", 0.0),
             "time/sync_s": spent.get("sync", 0.0),
             "time/wait_s": spent.get("wait", 0.0),

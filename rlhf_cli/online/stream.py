@@ -15,9 +15,12 @@ from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.learner.batch import Batch
+from rlhf_cli.online.degenerate import degenerate, unasked
 from rlhf_cli.online.guards import Guards, RollBack, Trip
+from rlhf_cli.online.roles import RoleFigures
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.policy.policy import Policy
+from rlhf_cli.recipe.online import Sampling
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import Feedback, Group, Prompt, RankedGroup, Unranked
 
@@ -30,13 +33,29 @@ POLL_S = 0.02
 
 @dataclass(slots=True)
 class Fresh:
-    """Figures of the groups sampled since the last step."""
+    """Figures of the completions sampled since the last step; of the policy's own, where a recipe has roles."""
 
     rewards: list[float] = field(default_factory=list)
     kl_nats: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     chars: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
+    roles: dict[str, RoleFigures] = field(default_factory=dict)
+    """Of every role by its name; empty where the recipe has none."""
+
+    def add(self, group: Group, rewards: Sequence[float] | None, sampling: Sampling) -> None:
+        for k, completion in enumerate(group.completions):
+            reward = None if rewards is None else rewards[k]
+            if sampling.roles is not None:
+                self.roles.setdefault(completion.role, RoleFigures()).add(completion, reward)
+            if completion.role not in sampling.own:
+                continue
+            self.kl_nats.append(completion.kl_nats)
+            self.tokens.append(len(completion.token_ids))
+            self.chars.append(len(completion.text))
+            self.ended.append(completion.ended)
+            if reward is not None:
+                self.rewards.append(reward)
 
 
 class Stream:
@@ -77,6 +96,8 @@ class Stream:
         self.guards = Guards(self.online, state)
         self.beta, self.rollbacks = self.online.learner.beta * state.beta_scale, len(state.rollbacks)
         self._noted = {event.guard for event in state.tripped if event.action == "note"}
+        self.unasked = unasked(state)
+        """Groups of this attempt that were set aside because nobody could learn from them."""
         self.set_aside_in_a_row = 0
         self.started = clock() if started is None else started
         """Clock time from which the deadline counts; of the run where a roll-back made another stream."""
@@ -165,6 +186,11 @@ class Stream:
         for group in groups:
             self.journal.append(GroupSampled.of(group, batch=first))
             self.next_index += 1
+            if (why := degenerate(group, self.online.cut_off)) is not None:
+                self.journal.append(GroupSetAside(group_id=group.id, reason=why))
+                self.unasked += 1
+                self._given_up(why)
+                continue
             self.outstanding += 1
             self.feedback.submit(group)
         self._measure(groups)
@@ -176,15 +202,11 @@ class Stream:
         return self.prompts[order[place]]
 
     def _measure(self, groups: Sequence[Group]) -> None:
-        self.fresh.kl_nats += [sum(c.logps) - sum(c.ref_logps) for g in groups for c in g.completions]
-        self.fresh.tokens += [len(c.token_ids) for g in groups for c in g.completions]
-        self.fresh.chars += [len(c.text) for g in groups for c in g.completions]
-        self.fresh.ended += [c.ended for g in groups for c in g.completions]
-        if self.reward is not None:
-            for group in groups:
-                rewards = self.reward(group.prompt, [c.text for c in group.completions])
-                self.fresh.rewards += rewards
+        for group in groups:
+            rewards = None if self.reward is None else self.reward(group.prompt, [c.text for c in group.completions])
+            if rewards is not None:
                 self.guards.shown(group, rewards)
+            self.fresh.add(group, rewards, self.online.sampling)
 
     def _heed_guards(self) -> None:
         """Do what the recipe wants done where a guard has tripped.
@@ -226,8 +248,7 @@ class Stream:
         for verdict in self.feedback.collect():
             self.outstanding -= 1
             if isinstance(verdict, Unranked):
-                self.set_aside_in_a_row += 1
-                self._check_hopeless(verdict.reason)
+                self._given_up(verdict.reason)
             else:
                 self.set_aside_in_a_row = 0
                 self.guards.ranked(verdict)
@@ -243,6 +264,10 @@ class Stream:
                 reason = f"stale: sampled {age} steps ago, staleness.max_steps is {limit}"
                 self.journal.append(GroupSetAside(group_id=ranked.group.id, reason=reason))
         self.ready = fresh
+
+    def _given_up(self, reason: str) -> None:
+        self.set_aside_in_a_row += 1
+        self._check_hopeless(reason)
 
     def _check_hopeless(self, reason: str) -> None:
         if self.set_aside_in_a_row >= 10 * self.online.prompts_per_step:

@@ -63,15 +63,21 @@ class Sampling(Section):
         return [Role.model_construct(name="", count=1, temperature=t, top_p=self.top_p) for t in spread]
 
     @property
-    def plain(self) -> Sampling:
-        """How the policy alone is measured: without roles, or as the first that samples it as it is and keeps all.
+    def own(self) -> frozenset[str]:
+        """Names of the roles that show how the policy is: those that sample it as it is and keep all, where there are.
 
-        Where each of those keeps the best of several, as one sample of the first.
+        Else those that sample it as it is; the empty name where the recipe has no roles.
         """
+        current = [role for role in self.roles or [] if role.policy == "current"]
+        unchosen = [role for role in current if role.best_of == 1]
+        return frozenset(role.name for role in unchosen or current) or frozenset({""})
+
+    @property
+    def plain(self) -> Sampling:
+        """How the policy alone is measured: without roles; where there are any, as the first of `own`."""
         if self.roles is None:
             return self
-        own = [role for role in self.roles if role.policy == "current"]
-        role = next((role for role in own if role.best_of == 1), own[0])
+        role = next(role for role in self.roles if role.name in self.own)
         return self.model_copy(update={"roles": None, "temperature": role.temperature, "top_p": role.top_p})
 
     @model_validator(mode="after")
@@ -363,6 +369,9 @@ class RunOnline(Section):
     once, people where it is worth their time), a `function` of yours, or a language model as `judge`."""
     incomplete: Literal["use", "drop", "resubmit_once"] = "use"
     """A group with fewer than `responses.min` votes: learn from those it has, drop it, or ask once more and use all."""
+    cut_off: Literal["use", "drop"] = "use"
+    """A group whose completions were all cut off by the token limit: compare them all the same, or set it aside before
+    anybody is asked. Groups whose completions are all empty or all the same always are."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How a group is sampled."""
     learner: Learner = Field(default_factory=lambda: Learner(algorithm="dpo"))
