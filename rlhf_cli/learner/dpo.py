@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -26,6 +27,7 @@ from rlhf_cli.learner.losses import (
     votes_nll,
 )
 from rlhf_cli.learner.scores import posterior_wins
+from rlhf_cli.learner.segments import segment_weights
 from rlhf_cli.learner.stream_trainer import StreamTrainer, online_settings, placeholder
 from rlhf_cli.policy.generate import chosen_logps, completion_logits, pack
 from rlhf_cli.policy.policy import Policy
@@ -69,15 +71,20 @@ class GroupDPOTrainer(StreamTrainer, DPOTrainer):
             logits_RTV, is_completion_RT = completion_logits(
                 model, inputs["ids_BT"], inputs["mask_BT"], inputs["lengths_B"]
             )
-        logp_R = (chosen_logps(logits_RTV, inputs["ids_BT"]) * is_completion_RT).sum(1)
-        ratio_R = logp_R - inputs["ref_logp_R"]
+        logp_RT = chosen_logps(logits_RTV, inputs["ids_BT"]) * is_completion_RT
+        ratio_R = logp_RT.sum(1) - inputs["ref_logp_R"]
         scores_BG = by_group(beta * ratio_R, inputs["is_completion_BG"])
         weights_BGG = inputs["weights_BGG"]
+        # Where raters marked something, a completion that wins has another ratio than where it loses.
+        marked = [(logp_RT * token_RT).sum(1) - ref_R for token_RT, ref_R in inputs["marked"]]
+        ratios = marked or [ratio_R]
         if self.learner.loss_name == "ipo":
-            mean_BG = by_group(ratio_R / inputs["lengths_B"].clamp(min=1), inputs["is_completion_BG"])
-            loss_B = votes_ipo(mean_BG, weights_BGG, beta)
+            lengths_R = inputs["lengths_B"].clamp(min=1)
+            means = [by_group(r / lengths_R, inputs["is_completion_BG"]) for r in ratios]
+            loss_B = votes_ipo(means[0], weights_BGG, beta, means[-1])
         else:
-            loss_B = votes_nll(scores_BG, weights_BGG)
+            scores = [by_group(beta * r, inputs["is_completion_BG"]) for r in ratios]
+            loss_B = votes_nll(scores[0], weights_BGG, scores[-1])
         loss_B = loss_B / weights_BGG.sum((1, 2)).clamp(min=1e-9)
         with torch.no_grad():
             figures = {
@@ -87,6 +94,8 @@ class GroupDPOTrainer(StreamTrainer, DPOTrainer):
             self.figures.add(float(inputs["wins_BGG"].sum()), figures)
             spread_RT = entropy_by_rows(logits_RTV)[is_completion_RT]
             self.figures.add(len(spread_RT), {"train/entropy_nats": float(spread_RT.mean())})
+            if self.online.segments is not None:
+                self.figures.add(len(logp_RT), {"train/marked_frac": _marked_completions(part) / len(logp_RT)})
         learnable = self.labels(whole, torch.device("cpu")).sum((1, 2)) > 0
         return loss_B.sum() / max(1, int(learnable.sum()))
 
@@ -115,4 +124,37 @@ class GroupDPOTrainer(StreamTrainer, DPOTrainer):
             "is_completion_BG": is_completion_BG,
             "wins_BGG": wins_BGG,
             "weights_BGG": self.labels(groups, device),
+            "marked": self.marked(groups, device),
         }
+
+    def marked(self, groups: Sequence[RankedGroup], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """What raters marked: weights of tokens, right-aligned, shape (R, T), and the reference's log-probability so
+        weighted, shape (R,); once for completions that win, once for those that lose. Empty where nothing is marked.
+        """
+        if self.online.segments is None or not _marked_completions(groups):
+            return []
+        weight = self.online.segments.weight
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        completions = [
+            (c, [s for s in g.segments if s.completion == i]) for g in groups for i, c in enumerate(g.group.completions)
+        ]
+        longest = max(1, *(len(c.token_ids) for c, _ in completions))
+        weights = [segment_weights(c, marks, decode, weight) for c, marks in completions]
+        both = []
+        for side in (0, 1):
+            rows = [np.pad(of[side], (longest - len(of[side]), 0)) for of in weights]
+            ref = [float(of[side] @ c.ref_logps) for of, (c, _) in zip(weights, completions, strict=True)]
+            both.append(
+                (
+                    torch.tensor(np.array(rows), dtype=torch.float32, device=device),
+                    torch.tensor(ref, dtype=torch.float32, device=device),
+                )
+            )
+        return both
+
+
+def _marked_completions(groups: Sequence[RankedGroup]) -> int:
+    return sum(len({segment.completion for segment in g.segments}) for g in groups)

@@ -25,27 +25,31 @@ def win_matrix_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
     return nll_B.sum() / (votes_B > 0).sum().clamp(min=1)
 
 
-def votes_nll(scores_BG: Tensor, wins_BGG: Tensor) -> Tensor:
+def votes_nll(scores_BG: Tensor, wins_BGG: Tensor, losing_BG: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of all votes of each group, in nats: `win_matrix_nll` before any averaging.
 
-    Dimensions may come before B, as with several heads that score the same completions.
+    Dimensions may come before B, as with several heads that score the same completions. `losing_BG`: scores of the same
+    completions where they lose, if those are others; see `segments`.
     """
-    margins_BGG = scores_BG[..., :, None] - scores_BG[..., None, :]
-    return (wins_BGG * F.softplus(-margins_BGG)).sum((-2, -1))
+    return (wins_BGG * F.softplus(-_margins(scores_BG, losing_BG))).sum((-2, -1))
 
 
-def votes_ipo(scores_BG: Tensor, wins_BGG: Tensor, beta: float) -> Tensor:
+def votes_ipo(scores_BG: Tensor, wins_BGG: Tensor, beta: float, losing_BG: Tensor | None = None) -> Tensor:
     """Squared distance of the margin of every vote from 1 / (2 beta), added up per group: how far IPO lets it grow.
 
     Args:
         scores_BG: Log-ratio to the reference, in nats a token: the mean over a completion, as TRL and the paper's
             authors have it, so that one beta serves all lengths.
         wins_BGG: As for `win_matrix_nll`.
+        losing_BG: As for `votes_nll`.
 
     Source: Azar et al. (2023), "A General Theoretical Paradigm to Understand Learning from Human Preferences", eq. 17.
     """
-    margins_BGG = scores_BG[..., :, None] - scores_BG[..., None, :]
-    return (wins_BGG * (margins_BGG - 1 / (2 * beta)).square()).sum((-2, -1))
+    return (wins_BGG * (_margins(scores_BG, losing_BG) - 1 / (2 * beta)).square()).sum((-2, -1))
+
+
+def _margins(winning_BG: Tensor, losing_BG: Tensor | None) -> Tensor:
+    return winning_BG[..., :, None] - (winning_BG if losing_BG is None else losing_BG)[..., None, :]
 
 
 def smoothed(wins_BGG: Tensor, share: float) -> Tensor:
