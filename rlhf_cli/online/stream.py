@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_cli.errors import BudgetReached, Diverged
+from rlhf_cli.feedback.selection import NOT_SELECTED
 from rlhf_cli.journal.events import GroupSampled, GroupSetAside, GuardTripped
 from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.learner.batch import Batch
+from rlhf_cli.online.budget import affords
 from rlhf_cli.online.degenerate import degenerate, unasked
 from rlhf_cli.online.guards import Guards, RollBack, Trip
 from rlhf_cli.online.roles import RoleFigures
@@ -154,18 +156,15 @@ class Stream:
         return count if count > 0 and self._affordable(count) else 0
 
     def _affordable(self, groups: int) -> bool:
-        budget, flow = self.recipe.budget, self.recipe.flow
+        budget = self.recipe.budget
         if self.online.feedback == "judge" and budget.usd is not None:
             each = self.feedback.status().get("judge/usd_per_group", 0.0)
             return self.usd() + (self.outstanding + groups) * each <= budget.usd
-        if self.online.feedback != "votes" or flow is None:
-            return True
-        most = flow.responses.max
-        if self.online.incomplete == "resubmit_once":
-            most += flow.responses.min - 1  # a group is asked about again only where it got fewer than the minimum
-        expected = self._votes() + (self.outstanding + groups) * most
-        usd = expected * budget.usd_per_1k_votes / 1000
-        return (budget.votes is None or expected <= budget.votes) and (budget.usd is None or usd <= budget.usd)
+        if self.online.feedback != "votes":
+            return True  # with hybrid feedback the chooser minds the budget: where it ends, the model answers
+        # With a selection it is not known yet who sees the next ones, and the chooser looks again at each.
+        more = 1 if self.online.selection else groups
+        return affords(self.recipe, self._votes(), self.outstanding + more)
 
     def _sample(self, count: int) -> None:
         """Sample the next `count` groups with the policy as it is now, record them, ask for votes."""
@@ -266,7 +265,7 @@ class Stream:
         self.ready = fresh
 
     def _given_up(self, reason: str) -> None:
-        self.set_aside_in_a_row += 1
+        self.set_aside_in_a_row += reason != NOT_SELECTED
         self._check_hopeless(reason)
 
     def _check_hopeless(self, reason: str) -> None:
