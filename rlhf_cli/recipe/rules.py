@@ -104,6 +104,8 @@ def _what_people_see(recipe: Plain) -> Broken:
             yield (*online, "segments"), f"marks are made by people who vote: use votes feedback, not {feedback}"
         if algorithm != "dpo":
             yield (*online, "segments"), f"marks are weights in the loss of dpo; {algorithm} has no place for them"
+        if recipe.value("flow", "service") == "rapidata":
+            yield (*online, "segments"), "rapidata's raters cannot mark anything; leave it out, or use a server of ours"
 
 
 def _algorithm(recipe: Plain) -> Any:

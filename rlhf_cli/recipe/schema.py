@@ -271,6 +271,8 @@ class Crowd(Section):
     """Added to the log-odds of the completion shown on the left."""
     dropout: float = Field(0.02, ge=0, lt=1)
     """Share of tasks that a rater takes and never answers."""
+    marks: float = Field(0.0, ge=0, le=1)
+    """Share of votes with which a rater marks what it likes and dislikes most, where `run_online.segments` asks for it."""
 
 
 class Flow(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from rlhf_cli.server.tastes import Taste, taste
 
 TIE_BELOW = 0.05
 """Differences in taste that nobody can see."""
+MOST_SPANS = 24
+"""How finely a rater looks at an answer to mark something."""
 RETRY_S = 0.5
 IDLE_S = (0.1, 0.5)
 """How often the crowd asks for work when there is none, at first and in the end."""
@@ -36,7 +39,8 @@ class CrowdSettings:
     normal distribution; completions that differ more (less) in taste are agreed on more (less) often. `position_bias`
     is an extra logit for the left side, `dropout` the probability that a pair is taken and never answered, `skill_sd`
     the spread of the log of a rater's skill. A share `spammers` of the raters does not read: half of them answer at
-    random, half of them always left, all ten times as fast as the others.
+    random, half of them always left, all ten times as fast as the others. A share `marks` of the votes comes with marks
+    in the answers, where the flow asks for them.
     """
 
     raters: int = 40
@@ -48,6 +52,7 @@ class CrowdSettings:
     dropout: float = 0.02
     skill_sd: float = 0.25
     spammers: float = 0.0
+    marks: float = 0.0
 
     @property
     def patience_s(self) -> float:
@@ -100,6 +105,28 @@ class Rater:
             return "tie"
         logit = self._logits_per_taste * difference + self._settings.position_bias
         return "left" if self._rng.random() < 0.5 + 0.5 * math.tanh(0.5 * logit) else "right"
+
+    def segments(self, prompt: str, left: str, right: str) -> list[wire.CastSegment]:
+        """What this rater marks, if anything: the words of each answer that its taste is best and worst served by."""
+        if self._spams is not None or self._rng.random() >= self._settings.marks:
+            return []
+        sides: tuple[tuple[Literal["left", "right"], str], ...] = (("left", left), ("right", right))
+        return [segment for side, text in sides for segment in self._marked(prompt, side, text)]
+
+    def _marked(self, prompt: str, side: Literal["left", "right"], text: str) -> list[wire.CastSegment]:
+        words = [match.span() for match in re.finditer(r"\S+", text)]
+        if len(words) < 2:
+            return []
+        step = -(-len(words) // MOST_SPANS)
+        spans = [(words[i][0], words[min(i + step, len(words)) - 1][1]) for i in range(0, len(words), step)]
+        whole = self._taste(prompt, text)
+        gains = [(whole - self._taste(prompt, f"{text[:start]}{text[end:]}"), start, end) for start, end in spans]
+        found = [(max(gains), True), (min(gains), False)]
+        return [
+            wire.CastSegment(side=side, start=start, end=end, good=good)
+            for (gain, start, end), good in found
+            if (gain if good else -gain) >= TIE_BELOW
+        ]
 
     def latency_s(self) -> float:
         """Seconds until an answer: lognormal, by its median and its 95th percentile."""
@@ -192,6 +219,9 @@ class Crowd:
                 continue
             outcome = rater.outcome(pair.prompt, pair.left, pair.right)
             vote: dict[str, object] = {"outcome": outcome, "response_ms": round(1000 * latency_s)}
+            if pair.segments:
+                segments = rater.segments(pair.prompt, pair.left, pair.right)
+                vote["segments"] = [segment.model_dump() for segment in segments]
             reply = await _post(http, f"/vote/{pair.lease}", headers, vote)
             if reply.status_code not in (409, 410):  # answered before a lost reply; or somebody was faster
                 reply.raise_for_status()

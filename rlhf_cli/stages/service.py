@@ -86,4 +86,5 @@ def crowd_settings(section: schema.Crowd | None) -> CrowdSettings | None:
         agreement=section.agreement,
         position_bias=section.position_bias,
         dropout=section.dropout,
+        marks=section.marks,
     )
