@@ -392,8 +392,8 @@ class RunOnline(Section):
     """Ask people where the reward model goes wrong; only with `hybrid`."""
     length: Length | None = None
     """What is done about ever longer completions."""
-    segments: Annotated[Segments | None, NotYet(_given, "segment feedback is", "no such section")] = None
-    """Let raters mark spans; only with `votes` and `dpo`."""
+    segments: Segments | None = None
+    """Let raters mark spans; only with `votes` and `dpo`, and not with `flow.service: rapidata`."""
     checkpoint_every: int = Field(5, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
