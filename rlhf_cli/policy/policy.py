@@ -101,7 +101,7 @@ class Policy:
         if train and recipe.run_online is not None:
             if recipe.run_online.learner.reference == "previous":
                 self.reference = self._copy_of_start()
-            if any(role.policy == "previous" for role in recipe.run_online.sampling.roles or []):
+            if recipe.run_online.samples_previous:
                 self.previous = self._copy_of_start()
         self.model.eval()
         self.stop_ids = stop_token_ids(self.tokenizer, base)

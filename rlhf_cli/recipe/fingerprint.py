@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.recipe.online import RunOnline
 from rlhf_cli.recipe.schema import Recipe
 
 Stage = Literal["sft", "train-rm", "open-flow", "run-online", "eval"]
@@ -19,6 +20,10 @@ _VERSION = 1
 
 _HOW_TO_TALK = {"settle_s", "poll_s", "outage_s", "token_env", "client_id_env", "client_secret_env"}
 _HOW_TO_KEEP = {"checkpoint_every", "keep_checkpoints"}
+_HOW_TO_CALL = {
+    "function": {"token_env", "batch", "timeout_s"},
+    "judge": {"key_env", "at_once", "timeout_s", "usd_per_1m_tokens"},
+}
 
 
 def stage_fingerprint(loaded: LoadedRecipe, stage: Stage) -> str:
@@ -46,15 +51,19 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
     if stage == "open-flow":
         return {"flow": _content(recipe.flow, without={"crowd", "stop_when_decided", *_HOW_TO_TALK})}
     if stage == "run-online":
-        by_model = recipe.run_online is not None and recipe.run_online.feedback == "reward_model"
+        online = recipe.run_online
+        with_model, with_people = online is not None and online.reads_reward_model, online is None or online.asks_people
         return {
             **start,
-            "after": [sft, stage_fingerprint(loaded, "train-rm") if by_model else None],
-            "flow": None if by_model else _content(recipe.flow, without=_HOW_TO_TALK),
+            "after": [sft, stage_fingerprint(loaded, "train-rm") if with_model else None],
+            "flow": _content(recipe.flow, without=_HOW_TO_TALK) if with_people else None,
             "data": _content(recipe.data, without={"heldout_prompts"}),
             "system_prompt": recipe.data.system_prompt if recipe.data else None,
             "generator": [recipe.compute.generator, recipe.compute.generator_precision],
-            "run_online": _content(recipe.run_online, without=_HOW_TO_KEEP),
+            "run_online": _content(online, without=_HOW_TO_KEEP | set(_HOW_TO_CALL)),
+            "function": _content(online and online.function, without=_HOW_TO_CALL["function"]),
+            "judge": _judge(online) if online is not None and online.feedback == "judge" else None,
+            "previous_every": online.checkpoint_every if online is not None and online.samples_previous else None,
         }
     heldout = recipe.data.heldout_prompts if recipe.data else None
     return {
@@ -65,7 +74,12 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
         "flow": _content(recipe.flow, without=_HOW_TO_TALK),
         "heldout_prompts": _file(heldout) if heldout else None,
         "eval": _content(recipe.eval),
+        "judge": _judge(recipe.run_online) if recipe.eval is not None and recipe.eval.judge == "judge" else None,
     }
+
+
+def _judge(online: RunOnline | None) -> Any:
+    return _content(online and online.judge, without=_HOW_TO_CALL["judge"])
 
 
 def _content(section: Any, without: set[str] | frozenset[str] = frozenset()) -> Any:

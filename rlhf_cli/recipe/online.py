@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, NotYet, Section, Share, in_order, one_of, problem
+from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, NotYet, Section, Share, in_order, problem
 
 
 def _given(value: object) -> bool:
@@ -361,10 +361,7 @@ class RunOnline(Section):
     """Groups out for votes at the same time."""
     min_ready: int | None = Field(None, ge=1)
     """A step starts when so many groups are ranked; `prompts_per_step` when left out."""
-    feedback: Annotated[
-        Literal["votes", "reward_model", "hybrid", "function", "judge"],
-        NotYet(one_of("hybrid"), "{value} feedback is", "votes or reward_model"),
-    ] = "votes"
+    feedback: Literal["votes", "reward_model", "hybrid", "function", "judge"] = "votes"
     """Who compares completions: people through the flow, the reward model of `train_rm`, both (`hybrid`: the model at
     once, people where it is worth their time), a `function` of yours, or a language model as `judge`."""
     incomplete: Literal["use", "drop", "resubmit_once"] = "use"
@@ -386,7 +383,7 @@ class RunOnline(Section):
     """Needed with `feedback: judge`, and with `judge: judge` in `eval`."""
     selection: Annotated[Selection | None, NotYet(_given, "selection is", "no such section")] = None
     """Which groups people see; all of them when left out."""
-    refresh: Annotated[Refresh | None, NotYet(_given, "refreshing the reward model is", "no such section")] = None
+    refresh: Refresh | None = None
     """Keep the reward model up with the policy; only with `hybrid`."""
     drift: Annotated[Drift | None, NotYet(_given, "the drift watch is", "no such section")] = None
     """Ask people where the reward model goes wrong; only with `hybrid`."""
@@ -398,6 +395,25 @@ class RunOnline(Section):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept, the newest ones."""
+
+    @property
+    def asks_people(self) -> bool:
+        return self.feedback in ("votes", "hybrid")
+
+    @property
+    def samples_previous(self) -> bool:
+        """Whether a role samples from the newest checkpoint."""
+        return any(role.policy == "previous" for role in self.sampling.roles or [])
+
+    @property
+    def reads_reward_model(self) -> bool:
+        """Whether anything in the loop follows from the model of `train_rm`."""
+        return (
+            self.feedback in ("reward_model", "hybrid")
+            or self.learner.algorithm == "ppo"  # its critic starts as that
+            or (self.selection is not None and self.selection.by == "uncertainty")
+            or any(role.best_of > 1 for role in self.sampling.roles or [])
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

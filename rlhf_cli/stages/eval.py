@@ -92,7 +92,7 @@ def _answers(session: Session) -> tuple[list[Group], list[Group]]:
     assert recipe.data is not None
     assert recipe.data.heldout_prompts is not None
     prompts = read_prompts(recipe.data.heldout_prompts)
-    sampling = recipe.run_online.sampling if recipe.run_online else Sampling()
+    sampling = recipe.run_online.sampling.plain if recipe.run_online else Sampling()
     count = recipe.eval.answers_per_prompt
     at_once = max(1, ANSWERS_AT_ONCE // count)
 

@@ -41,3 +41,12 @@ def reward_for_display(session: Session) -> tuple[Reward | None, str | None]:
         model = reward_model(session)
         return lambda prompt, completions: model.score(prompt.messages, completions), "reward model"
     return None, None
+
+
+def score_for_best_of(session: Session) -> Reward | None:
+    """What roles that keep the best of several choose by; None where there is no such role."""
+    online = session.recipe.run_online
+    if online is None or not any(role.best_of > 1 for role in online.sampling.roles or []):
+        return None
+    model = reward_model(session)
+    return lambda prompt, completions: model.score(prompt.messages, completions)

@@ -30,6 +30,7 @@ from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import GroupState, RunState, replay
 from rlhf_cli.learner.online import online_learner
 from rlhf_cli.online.checkpoint import Checkpoint, before, discard_after, latest, partial_dir
+from rlhf_cli.online.degenerate import left_open
 from rlhf_cli.online.guards import RollBack, Trip
 from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
@@ -42,7 +43,7 @@ from rlhf_cli.policy.row_checks import prompts_only
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.load import LoadedRecipe
 from rlhf_cli.stages.feedback import check_credentials, feedback_of
-from rlhf_cli.stages.rewards import reward_for_display
+from rlhf_cli.stages.rewards import reward_for_display, score_for_best_of
 from rlhf_cli.stages.service import Connect, flow_service, recording_at
 from rlhf_cli.stages.session import Result, Session, open_session, put_in_place
 from rlhf_cli.types import Prompt
@@ -86,7 +87,7 @@ def run(
 
 def _policy(session: Session) -> Policy:
     session.progress("loading the policy", 0, 1)
-    policy = Policy(session.start_model(), session.recipe)
+    policy = Policy(session.start_model(), session.recipe, score=score_for_best_of(session))
     session.progress("loading the policy", 1, 1)
     return policy
 
@@ -120,10 +121,17 @@ def _attend(
 
 
 def _roll_back(session: Session, trip: Trip) -> tuple[RunState, Checkpoint | None]:
-    """Give up the steps after the last checkpoint before the trip; from here on the process is as one that resumed."""
+    """Give up the steps after the last good checkpoint; from here on the process is as one that resumed.
+
+    Good is the newest before the trip, unless it is the one that the latest roll-back went to: where a run trips again
+    before it has made another one, it goes on from further back.
+    """
     online, run = session.recipe.run_online, session.run
     assert online is not None
-    state, checkpoint = replay(read(session.journal.path)), before(run, trip.step)
+    state = replay(read(session.journal.path))
+    checkpoint = before(run, trip.step)
+    if checkpoint is not None and state.rollbacks and state.rollbacks[-1].to_step == checkpoint.step:
+        checkpoint = before(run, checkpoint.step)
     if checkpoint is not None:
         _check_lineage(checkpoint, state)
     to_step, scale = checkpoint.step if checkpoint else 0, state.beta_scale * online.kl.rollback_beta
@@ -186,14 +194,12 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
             )
     session.start_model()  # what is missing is said before anything is moved
     assert session.recipe.run_online is not None
-    feedback = session.recipe.run_online.feedback
-    if feedback in ("votes", "hybrid"):
+    online = session.recipe.run_online
+    if online.feedback in ("votes", "hybrid"):
         session.require("open-flow")
-    if feedback in ("reward_model", "hybrid"):
+    if online.reads_reward_model:
         session.require("train-rm", run.train_rm_model)
     check_credentials(session.recipe)
-    if session.recipe.run_online is not None and session.recipe.run_online.learner.algorithm == "ppo":
-        session.require("train-rm", run.train_rm_model)  # its critic starts as that
     if fresh:
         _end_items(session, state.open_groups, REASON, "the attempt before")
     else:
@@ -208,7 +214,9 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     if checkpoint is not None:
         _check_lineage(checkpoint, state)
     session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
-    return session.state, checkpoint
+    for verdict in left_open(session.state, online.cut_off):
+        session.journal.append(verdict)
+    return replay(read(session.journal.path)), checkpoint
 
 
 def _end_items(session: Session, groups: Sequence[GroupState], reason: str, of: str) -> None:
