@@ -49,7 +49,8 @@ def _inputs(loaded: LoadedRecipe, stage: Stage) -> dict[str, Any]:
         backbone = {"backbone": _weights(own), "after": None} if own else {"after": sft}
         return {**start, **backbone, "train_rm": _content(recipe.train_rm, without={"model", *_HOW_TO_KEEP})}
     if stage == "open-flow":
-        return {"flow": _content(recipe.flow, without={"crowd", "stop_when_decided", *_HOW_TO_TALK})}
+        marked = {"segments": True} if recipe.run_online and recipe.run_online.segments else {}
+        return {"flow": _content(recipe.flow, without={"crowd", "stop_when_decided", *_HOW_TO_TALK}), **marked}
     if stage == "run-online":
         online = recipe.run_online
         with_model, with_people = online is not None and online.reads_reward_model, online is None or online.asks_people
