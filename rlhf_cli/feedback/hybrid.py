@@ -33,6 +33,8 @@ class HybridFeedback:
         chooser: Says which groups they see.
         model: Scores every group.
         journal: Puts an event on disk before it returns.
+        affords: Whether the budget allows so many groups with people, beside the votes they gave; where it does not,
+            the model answers.
         refresher: Refits the model on what people said; it is told of votes by whoever journals them.
         watch: Follows where model and people disagree.
         length_penalty: Taken from a completion's log-odds for every character where the model answers; people's votes,
@@ -46,11 +48,13 @@ class HybridFeedback:
         model: LiveModel,
         journal: Callable[[Event], object],
         *,
+        affords: Callable[[int], bool] = lambda groups: True,
         refresher: Refresher | None = None,
         watch: DriftWatch | None = None,
         length_penalty: float = 0.0,
     ) -> None:
         self._people, self._chooser, self._model, self._journal = people, chooser, model, journal
+        self._affords = affords
         self._refresher, self._watch, self._length_penalty = refresher, watch, length_penalty
         self._decided: list[RankedGroup | Unranked] = []
         self._said: dict[str, tuple[float, ...]] = {}
@@ -68,7 +72,7 @@ class HybridFeedback:
             self._journal(GroupSetAside(group_id=group.id, reason=NOT_FINITE))
             self._decided.append(Unranked(group, NOT_FINITE))
             return
-        chosen = self._chooser.choose(group, scored)
+        chosen = self._chooser.choose(group, scored, affordable=self._affords(self.with_people + 1))
         self._journal(chosen)
         if chosen.people:
             self._ask(group, chosen)

@@ -61,7 +61,6 @@ class Chooser:
         seed: With the index of a group it fixes what is random about it.
         embed: A unit vector for a prompt; needed by `diverse`.
         watch: Knows which clusters drift; needed by `drifting`.
-        affordable: Whether the budget allows one more group for people.
     """
 
     def __init__(
@@ -71,20 +70,20 @@ class Chooser:
         *,
         embed: Callable[[Prompt], Array] | None = None,
         watch: DriftWatch | None = None,
-        affordable: Callable[[], bool] = lambda: True,
     ) -> None:
         self.selection, self.watch = selection, watch
-        self._seed, self._embed, self._affordable = seed, embed, affordable
+        self._seed, self._embed = seed, embed
         self._values: deque[float] = deque(maxlen=COMPARED)
         self._compared = self._taken = 0
         self._groups = self._people = self._random = 0
         self._shown: dict[str, Array] = {}
 
-    def choose(self, group: Group, scored: Scored | None = None) -> GroupChosen:
+    def choose(self, group: Group, scored: Scored | None = None, *, affordable: bool = True) -> GroupChosen:
         """Decide about `group`; the caller journals the decision before it acts on it.
 
         Args:
             scored: What the reward model says; needed by `uncertainty`, and by a drift watch.
+            affordable: Whether the budget allows people one more group.
         """
         draw = random.Random(f"{self._seed}/selection/{group.index}")
         chance, tie = draw.random(), draw.random()
@@ -97,7 +96,7 @@ class Chooser:
             why = "random"
         else:
             why = by if self._stands_out(value, tie) else "not selected"
-        if why != "not selected" and not self._affordable():
+        if why != "not selected" and not affordable:
             why = "budget"
         chosen = GroupChosen(
             group_id=group.id,
@@ -185,6 +184,7 @@ class SelectedVotes(AnswersAtOnce):
 
     Args:
         people: Asks them.
+        affords: Whether the budget allows so many groups with people, beside the votes they gave.
         score: What a reward model says of a group; needed where the chooser looks at it.
     """
 
@@ -193,19 +193,23 @@ class SelectedVotes(AnswersAtOnce):
         people: Asked,
         chooser: Chooser,
         journal: Callable[[Event], object],
+        *,
+        affords: Callable[[int], bool] = lambda groups: True,
         score: Callable[[Group], Scored | None] = lambda group: None,
     ) -> None:
         super().__init__(journal)
-        self._people, self._chooser, self._score = people, chooser, score
+        self._people, self._chooser, self._affords, self._score = people, chooser, affords, score
+        self._with_people = 0
 
     def submit(self, group: Group) -> None:
         scored = self._score(group)
         if scored is not None and not scored.finite:
             self._set_aside(group, NOT_FINITE)
             return
-        chosen = self._chooser.choose(group, scored)
+        chosen = self._chooser.choose(group, scored, affordable=self._affords(self._with_people + 1))
         self._journal(chosen)
         if chosen.people:
+            self._with_people += 1
             self._people.submit(group)
         else:
             self._set_aside(group, NOT_SELECTED)
@@ -214,7 +218,9 @@ class SelectedVotes(AnswersAtOnce):
         """Go on with what the journal says of all groups: what was chosen stays chosen, the others are chosen now."""
         states = list(groups)
         self._chooser.resume(states)
-        self._people.resume(s for s in states if not s.open or (s.chosen is not None and s.chosen.people))
+        asked = [s for s in states if not s.open or (s.chosen is not None and s.chosen.people)]
+        self._with_people = sum(s.open for s in asked)
+        self._people.resume(asked)
         for state in states:
             if state.open and state.chosen is None:
                 self.submit(state.sampled.group())
@@ -222,7 +228,9 @@ class SelectedVotes(AnswersAtOnce):
                 self._set_aside(state.sampled.group(), NOT_SELECTED)
 
     def collect(self) -> list[RankedGroup | Unranked]:
-        return super().collect() + self._people.collect()
+        by_people = self._people.collect()
+        self._with_people -= len(by_people)
+        return super().collect() + by_people
 
     def status(self) -> dict[str, float]:
         return {**self._people.status(), **self._chooser.status()}

@@ -16,7 +16,6 @@ from rlhf_cli.journal.journal import Journal
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.learner.batch import Batch
-from rlhf_cli.online.budget import affords
 from rlhf_cli.online.degenerate import degenerate, unasked
 from rlhf_cli.online.guards import Guards, RollBack, Trip
 from rlhf_cli.online.roles import RoleFigures
@@ -164,7 +163,7 @@ class Stream:
             return True  # with hybrid feedback the chooser minds the budget: where it ends, the model answers
         # With a selection it is not known yet who sees the next ones, and the chooser looks again at each.
         more = 1 if self.online.selection else groups
-        return affords(self.recipe, self._votes(), self.outstanding + more)
+        return self.recipe.affords(self._votes(), self.outstanding + more)
 
     def _sample(self, count: int) -> None:
         """Sample the next `count` groups with the policy as it is now, record them, ask for votes."""

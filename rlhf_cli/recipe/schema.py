@@ -425,3 +425,15 @@ class Recipe(Section):
     eval: Eval | None = None
     compute: Compute = Field(default_factory=Compute)
     logging: Logging = Field(default_factory=Logging)
+
+    def affords(self, votes: float, groups: int) -> bool:
+        """Whether people may be asked about `groups` more, on top of `votes` given, if each takes as many as it may."""
+        if self.flow is None:
+            return True
+        most = self.flow.responses.max
+        if self.run_online is not None and self.run_online.incomplete == "resubmit_once":
+            most += self.flow.responses.min - 1  # asked about again only where it got fewer than the minimum
+        votes += groups * most
+        usd = votes * self.budget.usd_per_1k_votes / 1000
+        within = self.budget.votes is None or votes <= self.budget.votes
+        return within and (self.budget.usd is None or usd <= self.budget.usd)

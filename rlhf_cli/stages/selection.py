@@ -12,11 +12,10 @@ from rlhf_cli.policy.embeddings import Clusters, Prompts
 from rlhf_cli.recipe.data import read_prompts
 from rlhf_cli.recipe.online import Selection
 from rlhf_cli.stages.session import Session
+from rlhf_cli.types import Feedback
 
 
-def chooser_of(
-    session: Session, state: RunState, affordable: Callable[[], bool] = lambda: True
-) -> tuple[Chooser, DriftWatch | None]:
+def chooser_of(session: Session, state: RunState) -> tuple[Chooser, DriftWatch | None]:
     """Who decides about groups, and the drift watch that it listens to where the recipe has one.
 
     How prompts are compared is journalled once and stays so, whatever was pulled in between. Neither knows anything of
@@ -27,7 +26,7 @@ def chooser_of(
     assert recipe.data is not None
     selection, drift = online.selection or Selection(), online.drift
     if selection.by != "diverse" and drift is None:
-        return Chooser(selection, recipe.seed, affordable=affordable), None
+        return Chooser(selection, recipe.seed), None
     prompts = read_prompts(recipe.data.prompts)
     session.progress("comparing prompts", 0, 1)
     embed = Prompts(prompts, state.compared.embedding if state.compared else None)
@@ -37,4 +36,9 @@ def chooser_of(
         found = tuple(zip(clusters.sizes, (p.id for p in clusters.middles), strict=True)) if clusters else ()
         session.journal.append(PromptsCompared(embedding=embed.embedding, clusters=found))
     watch = DriftWatch(drift, clusters) if drift is not None and clusters is not None else None
-    return Chooser(selection, recipe.seed, embed=embed, watch=watch, affordable=affordable), watch
+    return Chooser(selection, recipe.seed, embed=embed, watch=watch), watch
+
+
+def affords(session: Session, people: Feedback) -> Callable[[int], bool]:
+    """Whether the budget allows so many groups with people, beside the votes that they gave."""
+    return lambda groups: session.recipe.affords(people.status().get("flow/votes_total", 0.0), groups)
