@@ -44,3 +44,9 @@ def by_group(score_R: Tensor, is_completion_BG: Tensor) -> Tensor:
     """Scores of completions in a row, group after group, as scores_BG; padding scores 0."""
     scores_BG = torch.zeros(is_completion_BG.shape, device=score_R.device, dtype=score_R.dtype)
     return scores_BG.masked_scatter(is_completion_BG, score_R)
+
+
+def right_aligned(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Shape (R, T), each row ending in the last column, 0 before it."""
+    longest = max(map(len, rows))
+    return torch.tensor([[0.0] * (longest - len(row)) + list(row) for row in rows], device=device)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rlhf_cli.learner.batch import Batch
+from rlhf_cli.learner.groups import right_aligned
 from rlhf_cli.learner.losses import entropy_by_rows
 from rlhf_cli.learner.scores import group_advantages, group_scores
 from rlhf_cli.learner.stream_trainer import StreamTrainer, online_settings, placeholder
@@ -55,6 +56,7 @@ class GroupGradientTrainer(StreamTrainer, GRPOTrainer):
             train_dataset=placeholder(prompt=""),
             callbacks=callbacks,
         )
+        self.current_gradient_accumulation_steps = 1  # parts of an update are added up here, not by the trainer's loop
 
     def part_loss(self, model: Any, part: Sequence[RankedGroup], whole: Sequence[RankedGroup], beta: float) -> Tensor:
         device, completions = self.accelerator.device, _completions(part)
@@ -111,12 +113,6 @@ class GroupGradientTrainer(StreamTrainer, GRPOTrainer):
         if self.loss_type in ("grpo", "dr_grpo"):
             return of_completions
         return of_tokens if self.loss_type == "bnpo" else 1.0
-
-
-def right_aligned(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Shape (R, T), each row ending in the last column, 0 before it."""
-    longest = max(map(len, rows))
-    return torch.tensor([[0.0] * (longest - len(row)) + list(row) for row in rows], device=device)
 
 
 def _scores_come_with_the_groups(**_: Any) -> list[float]:

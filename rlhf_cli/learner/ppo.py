@@ -20,12 +20,15 @@ from transformers import TrainerCallback, TrainingArguments
 from rlhf_cli.errors import DataError
 from rlhf_cli.learner.batch import Batch
 from rlhf_cli.learner.critic import load_critic
+from rlhf_cli.learner.groups import right_aligned
+from rlhf_cli.learner.losses import entropy_by_rows
 from rlhf_cli.learner.ppo_losses import (
     adapted,
     entropy,
     explained,
     gae,
     policy_loss,
+    token_kl,
     token_rewards,
     value_loss,
     whitened,
@@ -52,6 +55,7 @@ class Targets:
     rows: dict[str, range]
     """Of each group, by its id."""
     old_logps: Tensor
+    ref_logps: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -98,11 +102,11 @@ class PPOTrainer(StreamTrainer):
     def begin_step(self, groups: Sequence[RankedGroup], beta: float) -> None:
         completions = [c for g in groups for c in g.group.completions]
         inputs = self._pack(groups)
-        longest = int(inputs["lengths_B"].max())
-        mask_RT = torch.arange(longest, device=self.accelerator.device) >= longest - inputs["lengths_B"][:, None]
-        logp_RT = self._right_aligned([c.logps for c in completions], longest)
-        ref_logp_RT = self._right_aligned([c.ref_logps for c in completions], longest)
-        score_R = torch.tensor([score for g in groups for score in self._scores(g)], device=mask_RT.device)
+        device, longest = self.accelerator.device, int(inputs["lengths_B"].max())
+        mask_RT = torch.arange(longest, device=device) >= longest - inputs["lengths_B"][:, None]
+        logp_RT = right_aligned([c.logps for c in completions], device)
+        ref_logp_RT = right_aligned([c.ref_logps for c in completions], device)
+        score_R = torch.tensor([score for g in groups for score in self._scores(g)], device=device)
         values_RT = self._values(inputs, longest)
         self.beta = beta * self.beta_factor
         rewards_RT = token_rewards(score_R, logp_RT, ref_logp_RT, mask_RT, self.beta)
@@ -112,7 +116,7 @@ class PPOTrainer(StreamTrainer):
         for g in groups:
             rows[g.group.id] = range(start, start + len(g.group.completions))
             start += len(g.group.completions)
-        self.targets = Targets(rows, logp_RT, values_RT, whitened(advantages_RT, mask_RT), returns_RT)
+        self.targets = Targets(rows, logp_RT, ref_logp_RT, values_RT, whitened(advantages_RT, mask_RT), returns_RT)
         foresaw = explained(values_RT, returns_RT, mask_RT)
         self.figures.add(len(completions), {"train/score": float(score_R.mean())})
         if foresaw is not None:
@@ -131,15 +135,13 @@ class PPOTrainer(StreamTrainer):
             logits_RTV, mask_RT = completion_logits(model, **inputs)
             values_RT = self.critic(**inputs)
         logp_RT = chosen_logps(logits_RTV, inputs["ids_BT"])
-        with torch.set_grad_enabled(learner.entropy > 0):
-            entropy_RT = entropy(logits_RTV)
+        entropy_RT = entropy(logits_RTV) if learner.entropy > 0 else entropy_by_rows(logits_RTV)
 
         rows = [r for g in part for r in targets.rows[g.group.id]]
         width = logp_RT.shape[1]
-        old_logp_RT, old_values_RT, advantages_RT, returns_RT = (
-            whole_RT[rows, -width:]
-            for whole_RT in (targets.old_logps, targets.old_values, targets.advantages, targets.returns)
-        )
+        old_logp_RT, ref_logp_RT = targets.old_logps[rows, -width:], targets.ref_logps[rows, -width:]
+        old_values_RT, returns_RT = targets.old_values[rows, -width:], targets.returns[rows, -width:]
+        advantages_RT = targets.advantages[rows, -width:]
         climb_RT, held_RT = policy_loss(
             logp_RT, old_logp_RT, advantages_RT, learner.clip, learner.clip_high or learner.clip
         )
@@ -152,6 +154,7 @@ class PPOTrainer(StreamTrainer):
                 "train/entropy_nats": entropy_RT,
                 "train/ratio_mean": (logp_RT - old_logp_RT).exp(),
                 "train/clip_frac": held_RT.float(),
+                "train/kl_token_nats": token_kl(logp_RT, ref_logp_RT),
                 "train/value_clip_frac": value_held_RT.float(),
             }
             tokens = int(mask_RT.sum())
@@ -209,7 +212,3 @@ class PPOTrainer(StreamTrainer):
         prompts = [g.group.prompt_ids for g in groups for _ in g.group.completions]
         completions = [c.token_ids for g in groups for c in g.group.completions]
         return pack(prompts, completions, self.policy.pad_id, self.accelerator.device)
-
-    def _right_aligned(self, rows: Sequence[Sequence[float]], longest: int) -> Tensor:
-        """Shape (R, longest), 0 on padding."""
-        return torch.tensor([[0.0] * (longest - len(row)) + list(row) for row in rows], device=self.accelerator.device)

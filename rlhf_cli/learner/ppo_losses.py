@@ -114,9 +114,13 @@ def entropy(logits_RTV: Tensor) -> Tensor:
     return -(logp_RTV.exp() * logp_RTV).sum(-1)
 
 
-def masked_mean(x_RT: Tensor, mask_RT: Tensor) -> Tensor:
-    """Mean over the tokens that count; the rest may hold anything."""
-    return x_RT[mask_RT].mean()
+def token_kl(logp_RT: Tensor, ref_logp_RT: Tensor) -> Tensor:
+    """KL from the reference of every token that was drawn, in nats, by an estimate that is never negative.
+
+    Source: the k3 estimator of Schulman (2020), "Approximating KL Divergence".
+    """
+    gap_RT = ref_logp_RT - logp_RT
+    return gap_RT.exp() - gap_RT - 1
 
 
 def explained(values_RT: Tensor, returns_RT: Tensor, mask_RT: Tensor) -> float | None:

@@ -327,6 +327,8 @@ def test_figures_count_real_tokens_alone(recipe: MakeRecipe, tiny: str, tmp_path
     assert figures["train/entropy_nats"] == pytest.approx(sum(by_hand) / 12, rel=1e-4)
     assert figures["train/ratio_mean"] == pytest.approx(1, abs=1e-4)
     assert (figures["train/clip_frac"], figures["train/value_clip_frac"]) == (0, 0)
+    kl = (8 * (math.exp(-0.1) - 0.9) + 4 * (math.exp(0.2) - 1.2)) / 12  # 8 tokens drift by 0.1 nats, 4 by -0.2
+    assert figures["train/kl_token_nats"] == pytest.approx(kl, rel=1e-3)
     assert figures["train/policy_loss"] == pytest.approx(0, abs=1e-5)  # whitened advantages at a ratio of 1
 
 

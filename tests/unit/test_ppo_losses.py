@@ -17,6 +17,7 @@ from rlhf_cli.learner.ppo_losses import (
     explained,
     gae,
     policy_loss,
+    token_kl,
     token_rewards,
     value_loss,
     whitened,
@@ -176,6 +177,11 @@ def test_entropy_by_hand() -> None:
 def test_the_gradient_of_entropy_is_that_of_finite_differences() -> None:
     logits = f64(np.random.default_rng(0).normal(0, 2, (2, 3, 5)).tolist()).requires_grad_()
     assert torch.autograd.gradcheck(entropy, logits)
+
+
+def test_the_kl_of_tokens_by_hand() -> None:
+    found = token_kl(f64([[-1.0, -2.0, -0.5]]), f64([[-1.0, -1.0, -2.5]]))
+    assert found.tolist() == [[0, pytest.approx(math.e - 2), pytest.approx(math.exp(-2) + 1)]]
 
 
 def test_what_the_critic_foresaw_by_hand() -> None:
