@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
+from functools import partial
 
 from rlhf_cli.errors import CredentialsError
 from rlhf_cli.feedback.answers import Answers
@@ -21,8 +22,9 @@ from rlhf_cli.flow.credentials import Credentials, usable
 from rlhf_cli.journal.events import Event
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.hybrid import hybrid_of
 from rlhf_cli.stages.rewards import reward_model
-from rlhf_cli.stages.selection import chooser_of
+from rlhf_cli.stages.selection import affords, chooser_of
 from rlhf_cli.stages.service import flow_service, flow_spec
 from rlhf_cli.stages.session import Session
 from rlhf_cli.types import Feedback
@@ -51,8 +53,11 @@ def feedback_of(session: Session, state: RunState, recording: Recording | None) 
         with closing(judge_of(session, session.journal.append, session.recipe.budget.usd)) as judge:
             judge.resume(state.open_groups)
             yield judge
+    elif online.feedback == "hybrid":
+        with hybrid_of(session, state, partial(_people, session, state)) as hybrid:
+            yield hybrid
     else:
-        with _people(session, state) as people:
+        with _people(session, state, session.journal.append) as people:
             asked = people if online.selection is None else _selected(session, state, people)
             asked.resume(state.groups.values())
             yield asked
@@ -64,14 +69,15 @@ def _selected(session: Session, state: RunState, people: VotesFeedback) -> Selec
     assert online is not None
     assert online.selection is not None
     chooser, _ = chooser_of(session, state)
+    journal, within = session.journal.append, affords(session, people)
     if online.selection.by != "uncertainty":
-        return SelectedVotes(people, chooser, session.journal.append)
+        return SelectedVotes(people, chooser, journal, affords=within)
     model = reward_model(session)
-    return SelectedVotes(people, chooser, session.journal.append, lambda group: score_groups(model, [group])[0])
+    return SelectedVotes(people, chooser, journal, affords=within, score=lambda group: score_groups(model, [group])[0])
 
 
 @contextmanager
-def _people(session: Session, state: RunState) -> Iterator[VotesFeedback]:
+def _people(session: Session, state: RunState, journal: Callable[[Event], object]) -> Iterator[VotesFeedback]:
     """People at the flow of the run, or whoever votes there; not asked yet about what is open."""
     recipe, online = session.recipe, session.recipe.run_online
     assert recipe.flow is not None
@@ -83,7 +89,7 @@ def _people(session: Session, state: RunState) -> Iterator[VotesFeedback]:
             connect,
             state.flow.flow_id,
             flow_spec(recipe),
-            session.journal.append,
+            journal,
             run_id=state.run_id,
             incomplete=online.incomplete,
             stop_when_decided=recipe.flow.stop_when_decided,
