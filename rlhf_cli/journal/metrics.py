@@ -111,6 +111,17 @@ METRICS: dict[str, Metric] = {
     "drift/cluster_worst": Metric("drifting cluster", "", "The cluster where it rose most.", ".0f"),
     "drift/rounds_total": Metric("targeted rounds", "", "Times that a drifting cluster was looked into.", ".0f"),
     "drift/round_groups": Metric("groups of a round", "groups", "Still to come back in targeted rounds.", ".0f"),
+    "rm/agreement": Metric(
+        "agreement", "", "Share of people's latest votes that the reward model had said before.", ".3f"
+    ),
+    "rm/version": Metric("version", "", "Of the reward model; counts refits that were published.", ".0f"),
+    "rm/heldout_accuracy": Metric(
+        "held-out accuracy",
+        "",
+        "Share of fresh votes, kept from the latest refit, that the version agrees with.",
+        ".3f",
+    ),
+    "rm/replay_groups": Metric("replay store", "groups", "People's groups that a refit learns from.", ".0f"),
     "time/step_s": Metric("step", "s", "Wall time of the step.", ".2f"),
     "time/generate_s": Metric("generate", "s", "Sampling completions.", ".2f"),
     "time/best_of_s": Metric("choosing", "s", "Scoring candidates of roles that keep the best of several.", ".2f"),
