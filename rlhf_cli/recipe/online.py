@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, NotYet, Section, Share, in_order, problem
-
-
-def _given(value: object) -> bool:
-    return value is not None
+from rlhf_cli.recipe.kinds import DataFile, EnvironmentName, Section, Share, in_order, problem
 
 
 def _is_loopback(url: str) -> bool:
@@ -270,8 +266,9 @@ class Selection(Section):
     and are set aside unasked with `votes`."""
 
     by: Literal["uncertainty", "diverse", "drifting"] = "uncertainty"
-    """`uncertainty`: where the reward model is least sure which completion is best; `diverse`: prompts unlike those
-    seen before; `drifting`: where model and people have begun to disagree."""
+    """`uncertainty`: where the reward model is least sure which completion is best, or its `ensemble` most divided;
+    `diverse`: prompts unlike those that people saw; `drifting`: where model and people have begun to disagree, by
+    cluster of `drift`."""
     share: Share = 0.25
     """Part of the groups that people see."""
     random_share: float = Field(0.2, ge=0, le=1)
@@ -293,7 +290,7 @@ class Drift(Section):
     clusters: int = Field(8, ge=1, le=256)
     """Clusters of prompts."""
     window: int = Field(64, ge=8)
-    """Groups that people decided most lately, which are compared with those before."""
+    """How many of the groups that people decided most lately may count as new; they are compared with those before."""
     z: float = Field(3.0, gt=0)
     """Standard errors by which disagreement has to have risen."""
     round_groups: int = Field(16, ge=1)
@@ -381,12 +378,13 @@ class RunOnline(Section):
     """Needed with `feedback: function`."""
     judge: Judge | None = None
     """Needed with `feedback: judge`, and with `judge: judge` in `eval`."""
-    selection: Annotated[Selection | None, NotYet(_given, "selection is", "no such section")] = None
-    """Which groups people see; all of them when left out."""
+    selection: Selection | None = None
+    """Which groups people see; when left out, all of them with `votes`, and the defaults of this section with
+    `hybrid`."""
     refresh: Refresh | None = None
     """Keep the reward model up with the policy; only with `hybrid`."""
-    drift: Annotated[Drift | None, NotYet(_given, "the drift watch is", "no such section")] = None
-    """Ask people where the reward model goes wrong; only with `hybrid`."""
+    drift: Drift | None = None
+    """Ask people where the reward model goes wrong; only with `hybrid` and `refresh`."""
     length: Length | None = None
     """What is done about ever longer completions."""
     segments: Segments | None = None

@@ -95,9 +95,13 @@ def _what_people_see(recipe: Plain) -> Broken:
             yield (*key, "by"), "uncertainty is a reward model's: add a `train_rm` section, or choose `by: diverse`"
         elif by == "drifting" and feedback != "hybrid":
             yield (*key, "by"), "drifting groups are those where model and people disagree: use hybrid feedback"
+        elif by == "drifting" and not recipe.has("run_online", "drift"):
+            yield (*key, "by"), "add run_online.drift, which says how prompts are clustered and disagreement is watched"
     for name, what in (("refresh", "refits the model that answers for people"), ("drift", "compares model and people")):
         if recipe.has("run_online", name) and feedback != "hybrid":
             yield (*online, name), f"{what}: use hybrid feedback, not {feedback}"
+    if recipe.has("run_online", "drift") and feedback == "hybrid" and not recipe.has("run_online", "refresh"):
+        yield (*online, "drift"), "asks people so that the reward model is refitted: add run_online.refresh"
     if recipe.has("run_online", "segments"):
         algorithm = _algorithm(recipe)
         if feedback != "votes":
