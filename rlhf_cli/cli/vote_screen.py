@@ -14,6 +14,7 @@ BESIDE = 90
 """Columns from which the answers stand side by side."""
 GAP = 4
 KEYS = "1 \u2190 answer 1   2 \u2192 answer 2   0 \u2193 equal   b both bad   s skip   u undo   space k scroll   q quit"
+NO_MARKS = "Words of these answers may be marked as good or bad, which only the page in a browser can do."
 SHORT_KEYS = "1 2 better  0 equal  b bad  s skip  u undo  q quit"
 
 
@@ -43,6 +44,8 @@ def view(console: Console, lease: Lease | None, status: str, votes: int, width: 
     body = _answers(console, lease, width)
     if len(prompt) > room:
         body += [Text(), Text("Prompt", "dim"), *prompt]
+    if lease.segments:
+        body += [Text(), *Text(NO_MARKS, "dim").wrap(console, width)]
     space = max(1, height - len(top) - len(bottom) - 1)
     scroll = max(0, min(scroll, len(body) - space))
     shown = body[scroll : scroll + space]

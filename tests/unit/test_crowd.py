@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rlhf_cli.errors import RlhfError
 from rlhf_cli.flow.base import ItemState, Responses
 from rlhf_cli.server import tastes
+from rlhf_cli.server.app import create_app
 from rlhf_cli.server.crowd import Crowd, CrowdSettings, Rater, sharpness
 from rlhf_cli.server.tastes import brief, kind, letters
 
@@ -156,3 +157,45 @@ def test_kind_likes_friendly_answers_that_keep_to_the_question() -> None:
 def test_an_unknown_taste_lists_the_known_ones() -> None:
     with pytest.raises(RlhfError, match="brief, kind, letters"):
         tastes.taste("sour")
+
+
+def marked(rater: Rater, left: str, right: str) -> set[tuple[str, str, bool]]:
+    texts = {"left": left, "right": right}
+    return {(s.side, texts[s.side][s.start : s.end], s.good) for s in rater.segments("", left, right)}
+
+
+def test_raters_mark_what_their_taste_is_best_and_worst_served_by() -> None:
+    rater = Rater(CrowdSettings(taste="letters", marks=1.0), "r")
+    assert marked(rater, "bcd aeiou xyz", "rhythm") == {("left", "aeiou", True), ("left", "bcd", False)}
+    assert marked(rater, "", "  ") == set()
+    assert marked(Rater(CrowdSettings(taste="letters", marks=1.0), "r", spams="left"), "aeio bcd", "rhythm") == set()
+
+
+def test_raters_mark_as_often_as_the_setting_says_and_vote_the_same_without() -> None:
+    pair = ("", "aeiou bcd", "bcd fgh")
+    silent, marking = (Rater(CrowdSettings(taste="letters", marks=share), "r") for share in (0.0, 0.3))
+    assert silent.segments(*pair) == []
+    share = statistics.mean(bool(marking.segments(*pair)) for _ in range(3000))
+    assert share == pytest.approx(0.3, abs=0.04)
+
+
+async def test_a_crowd_marks_only_where_the_flow_asks_for_it(world: World) -> None:
+    secrets = [secret for _, secret in world.store.tokens.add_simulated("crowd", 6)]
+    found = {}
+    for asks in (False, True):
+        flow_id = world.store.create_flow("f", "?", Responses(2, 4, 4), settings={"markSegments": asks})
+        dataset_id = world.store.create_dataset("d")
+        for i, text in enumerate(("aeiou bcd", "xyz oio fgh", "rst uvw")):
+            world.store.add_datapoint(dataset_id, i, text)
+        item_id = world.store.create_item(flow_id, dataset_id, "Why?", 600)
+        settings = CrowdSettings(taste="letters", latency_p50_s=0.001, latency_p95_s=0.001, dropout=0.0, marks=1.0)
+        crowd = asyncio.create_task(
+            Crowd("http://localhost", secrets, settings, 1, httpx.ASGITransport(create_app(world.store))).run()
+        )
+        while world.store.item(item_id).state is not ItemState.COMPLETED:
+            await asyncio.sleep(0.01)
+        crowd.cancel()
+        await asyncio.gather(crowd, return_exceptions=True)
+        found[asks] = [vote.segments for vote in world.store.votes(item_id)]
+    assert not any(found[False])
+    assert all(found[True])

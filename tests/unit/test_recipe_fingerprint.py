@@ -47,6 +47,7 @@ ONLINE = {"run-online", "eval"}
         ("flow.instruction=Shorter?", {"open-flow", *ONLINE}),
         ("flow.responses.max=9", {"open-flow", *ONLINE}),
         ("flow.crowd.agreement=0.9", ONLINE),
+        ("run_online.segments={}", {"open-flow", *ONLINE}),
         ("data.max_prompt_tokens=64", ONLINE),
         ("run_online.steps=4", ONLINE),
         ("run_online.learner.beta=0.3", ONLINE),

@@ -207,3 +207,11 @@ def test_model_text_is_never_markup_and_hides_nothing() -> None:
     assert "[red]markup[/red]" in plain
     assert "<U+202E>" in plain
     assert "\x1b" not in plain
+
+
+def test_a_terminal_says_that_it_cannot_mark_anything_where_the_page_can() -> None:
+    one = pair("AAA", "BBB")
+    for asks in (False, True):
+        lease = one.model_copy(update={"segments": asks})
+        lines = [line.plain for line in view(Console(), lease, "", 0, 120, 24, 0).lines]
+        assert any("only the page in a browser" in line for line in lines) == asks
