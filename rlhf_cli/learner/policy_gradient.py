@@ -64,7 +64,7 @@ class GroupGradientTrainer(StreamTrainer, GRPOTrainer):
         inputs = pack(prompts, [c.token_ids for c in completions], self.policy.pad_id, device)
         with self.policy.autocast():
             logits_RTV, mask_RT = completion_logits(model, **inputs)
-        logp_RT = chosen_logps(logits_RTV, inputs["ids_BT"])
+        logp_RT = chosen_logps(logits_RTV, inputs["ids_BT"]) * mask_RT
         entropy_RT = entropy_by_rows(logits_RTV)
         old_logp_RT = right_aligned([c.logps for c in completions], device)
         self._forward = logp_RT, entropy_RT, None
@@ -138,6 +138,8 @@ def _config(recipe: Recipe, output_dir: Path) -> GRPOConfig:
         epsilon=online.learner.clip,
         epsilon_high=_highest(online.learner),
         importance_sampling_level=online.learner.ratio,
+        # Weighing the KL of old tokens by their ratio makes its gradient unbiased, token by token only.
+        use_bias_correction_kl=online.learner.ratio == "token",
         scale_rewards="none",  # advantages are ours
         max_completion_length=online.sampling.max_new_tokens,
         disable_dropout=True,  # ratios compare with probabilities that were taken without it
