@@ -17,23 +17,23 @@ from rlhf_cli.errors import (
     FlowRefused,
     FlowUnavailable,
     RlhfError,
-    RunDamaged,
     Stopped,
     UsageError,
 )
 from rlhf_cli.feedback.abandon import REASON, abandon
 from rlhf_cli.feedback.recorded import Recording
-from rlhf_cli.journal.events import RolledBack, StageStarted
+from rlhf_cli.journal.events import StageStarted
 from rlhf_cli.journal.journal import read
 from rlhf_cli.journal.metrics import MetricsWriter, read_metrics
 from rlhf_cli.journal.observe import Observer
 from rlhf_cli.journal.replay import GroupState, RunState, replay
 from rlhf_cli.learner.online import online_learner
-from rlhf_cli.online.checkpoint import Checkpoint, before, discard_after, latest, partial_dir
+from rlhf_cli.online.checkpoint import Checkpoint, latest, partial_dir
 from rlhf_cli.online.degenerate import left_open
 from rlhf_cli.online.guards import RollBack, Trip
 from rlhf_cli.online.recorded import RecordedStream
 from rlhf_cli.online.recorder import Recorder
+from rlhf_cli.online.rollback import check_lineage, clear_up, roll_back
 from rlhf_cli.online.stop import StopRequest
 from rlhf_cli.online.stream import Stream
 from rlhf_cli.policy.checks import check_run_online
@@ -121,56 +121,30 @@ def _attend(
 
 
 def _roll_back(session: Session, trip: Trip) -> tuple[RunState, Checkpoint | None]:
-    """Give up the steps after the last good checkpoint; from here on the process is as one that resumed.
-
-    Good is the newest before the trip, unless it is the one that the latest roll-back went to: where a run trips again
-    before it has made another one, it goes on from further back.
-    """
-    online, run = session.recipe.run_online, session.run
+    """Give up the steps after the last good checkpoint; from here on the process is as one that resumed."""
+    online = session.recipe.run_online
     assert online is not None
-    state = replay(read(session.journal.path))
-    checkpoint = before(run, trip.step)
-    if checkpoint is not None and state.rollbacks and state.rollbacks[-1].to_step == checkpoint.step:
-        checkpoint = before(run, checkpoint.step)
-    if checkpoint is not None:
-        _check_lineage(checkpoint, state)
-    to_step, scale = checkpoint.step if checkpoint else 0, state.beta_scale * online.kl.rollback_beta
-    session.journal.append(
-        RolledBack(
-            guard=trip.guard,
-            value=trip.value,
-            limit=trip.limit,
-            from_step=trip.step,
-            to_step=to_step,
-            checkpoint=str(checkpoint.path.relative_to(run.path)) if checkpoint else None,
-            beta_scale=scale,
-        )
-    )
-    session.note(f"{trip}: rolled back to step {to_step}, beta is {online.learner.beta * scale:g} from here on")
+    event = roll_back(session.run, replay(read(session.journal.path)), trip, online.kl.rollback_beta)
+    session.journal.append(event)
+    beta = online.learner.beta * event.beta_scale
+    session.note(f"{trip}: rolled back to step {event.to_step}, beta is {beta:g} from here on")
     _clear_up(session, replay(read(session.journal.path)))
-    return replay(read(session.journal.path)), checkpoint
+    return replay(read(session.journal.path)), latest(session.run)
 
 
 def _clear_up(session: Session, state: RunState) -> None:
-    """Remove what the latest roll-back made void; all of it can be done again, whatever died in here before."""
-    if not state.rollbacks:
-        return
-    to_step = state.rollbacks[-1].to_step
-    if max(state.steps, default=0) <= to_step:  # else this was done before the next step was trained
-        discard_after(session.run, to_step)
-        shutil.rmtree(partial_dir(session.run), ignore_errors=True)
-        MetricsWriter(session.run.metrics).void_after(to_step)
-    _end_items(
-        session,
-        [group for group in state.groups.values() if group.void and not (group.ranked or group.ended or group.stopped)],
-        f"rolled back to step {to_step}",
-        "the steps that were given up",
-    )
+    """Remove what the latest roll-back made void, and end the items that people still vote on for it."""
+    clear_up(session.run, state)
+    if state.rollbacks:
+        void = [group for group in state.groups.values() if group.void and not group.ranked]
+        void = [group for group in void if not (group.ended or group.stopped)]
+        reason = f"rolled back to step {state.rollbacks[-1].to_step}"
+        _end_items(session, void, reason, "the steps that were given up")
 
 
 def _note_checks(session: Session, policy: Policy, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
     assert session.recipe.run_online is not None
-    by_model = session.recipe.run_online.feedback == "reward_model"
+    by_model = session.recipe.run_online.feedback in ("reward_model", "hybrid")
     scorer = load_tokenizer(str(session.run.train_rm_model)) if by_model else None
     for warning in check_run_online(policy.tokenizer, scorer, prompts_only(prompts), prompts_only(heldout)):
         session.note(f"run-online: {warning}")
@@ -195,7 +169,7 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     session.start_model()  # what is missing is said before anything is moved
     assert session.recipe.run_online is not None
     online = session.recipe.run_online
-    if online.feedback in ("votes", "hybrid"):
+    if online.asks_people:
         session.require("open-flow")
     if online.reads_reward_model:
         session.require("train-rm", run.train_rm_model)
@@ -212,7 +186,7 @@ def _begin(session: Session, resume: bool, fresh: bool) -> tuple[RunState, Check
     shutil.rmtree(partial_dir(run), ignore_errors=True)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
-        _check_lineage(checkpoint, state)
+        check_lineage(checkpoint, state)
     session.start(attempt, resumed_from_step=checkpoint.step if checkpoint else 0 if state.groups else None)
     for verdict in left_open(session.state, online.cut_off):
         session.journal.append(verdict)
@@ -260,20 +234,11 @@ def _announce(session: Session) -> None:
         "budget/usd": budget.usd,
     }
     row: dict[str, float] = {name: limit for name, limit in limits.items() if limit is not None}
-    if recipe.run_online.feedback == "votes" and recipe.flow is not None:
+    if recipe.run_online.asks_people and recipe.flow is not None:
         votes = recipe.flow.responses
         row |= {"flow/min_votes": votes.min, "flow/desired_votes": votes.desired, "flow/max_votes": votes.max}
     for observer in session.observers:
         observer.on_status(row)
-
-
-def _check_lineage(checkpoint: Checkpoint, state: RunState) -> None:
-    journalled = {step: event.group_ids for step, event in state.steps.items() if step <= checkpoint.step}
-    if journalled != checkpoint.consumed:
-        raise RunDamaged(
-            f"the checkpoint {checkpoint.path} consumed other groups than the journal says; "
-            "restore both from one backup, or start over with --fresh"
-        )
 
 
 def _recording(session: Session) -> Recording | None:
