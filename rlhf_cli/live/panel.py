@@ -53,7 +53,7 @@ class Seen:
                     "flow/desired_votes": event.desired_votes,
                     "flow/max_votes": event.max_votes,
                 }
-            case GroupRanked():
+            case GroupRanked() if event.by_people:
                 self.ranked.append(event.matrix().votes)
             case StepTrained():
                 self.ranked.clear()
@@ -86,7 +86,7 @@ def panel(seen: Seen, width: int) -> list[Text]:
     if seen.stage in _SUPERVISED:
         lines += _supervised(seen, width)
     elif "run/steps_total" in seen.now or seen.step:
-        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_pace(seen, width)]
+        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_model(seen), *_pace(seen, width)]
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -181,6 +181,17 @@ def _votes(seen: Seen, width: int) -> list[Text]:
         ("flow/latency_p95_s", "p95 {:.1f} s"),
     )
     return [*lines, _row("people" if lines else "votes", facts)] if facts else lines
+
+
+def _model(seen: Seen) -> list[Text]:
+    """How far people agree with the reward model that answers beside them."""
+    facts = _facts(
+        seen.now,
+        ("rm/version", "version {:.0f}"),
+        ("rm/agreement", "agrees with {:.0%} of people's votes"),
+        ("rm/heldout_accuracy", "{:.0%} held out"),
+    )
+    return [_row("model", facts)] if facts else []
 
 
 def _bar(votes: float, limits: Sequence[float | None], width: int) -> tuple[str, str]:

@@ -29,6 +29,8 @@ _STEP = {  # short names, because a line should fit a log viewer
     "flow/votes_total": ("votes_total", ".0f"),
     "flow/in_flight": ("in_flight", ".0f"),
     "flow/latency_p95_s": ("latency_p95_s", ".1f"),
+    "rm/version": ("rm_version", ".0f"),
+    "rm/agreement": ("rm_agreement", ".3f"),
     "staleness/mean_steps": ("staleness", ".1f"),
     "length/mean_tokens": ("tokens", ".0f"),
     "time/step_s": ("step_s", ".1f"),

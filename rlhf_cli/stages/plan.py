@@ -19,6 +19,7 @@ from rlhf_cli.ranking.intervals import detectable_win_rate
 from rlhf_cli.recipe.data import Dataset, Heldout, parts_of, read_conversations, read_prompts, read_votes
 from rlhf_cli.recipe.fingerprint import Stage, stage_fingerprint
 from rlhf_cli.recipe.load import LoadedRecipe
+from rlhf_cli.recipe.online import RunOnline, Selection
 from rlhf_cli.recipe.schema import Crowd, Recipe
 from rlhf_cli.server.store import Store
 from rlhf_cli.stages.asking import changes, expected_votes, find, flow_facts, known_capabilities, reason, usd
@@ -48,16 +49,17 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             "would": would(recipe, state),
             **flow_facts(recipe),
         }
-    asks_online = recipe.run_online is not None and recipe.run_online.feedback == "votes"
+    asks_online = recipe.run_online is not None and recipe.run_online.asks_people
     asks_eval = recipe.eval is not None and recipe.eval.judge in ("crowd", "flow")
     if recipe.run_online is not None:
         groups = recipe.run_online.steps * recipe.run_online.prompts_per_step
+        again = recipe.run_online.incomplete == "resubmit_once"
         document["run_online"] = {
             "steps": recipe.run_online.steps,
             "groups": groups,
             "completions": groups * recipe.run_online.group_size,
             "rounds_of_prompts": groups / document["data"]["prompts"],
-            **(_votes(recipe, groups, recipe.run_online.incomplete == "resubmit_once") if asks_online else {}),
+            **(_votes(recipe, _for_people(recipe.run_online, groups), again) if asks_online else {}),
             **(_judge(recipe, groups, recipe.run_online.group_size) if recipe.run_online.feedback == "judge" else {}),
         }
     if recipe.eval is not None:
@@ -92,6 +94,8 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             notes.append("unknown price: set budget.usd_per_1k_votes to see the cost")
         if recipe.flow is not None and recipe.flow.stop_when_decided is not None:
             notes.append("flow.stop_when_decided ends items early: fewer votes than expected, by how many is not known")
+        if recipe.run_online is not None and recipe.run_online.drift is not None:
+            notes.append("groups of targeted rounds, where a drift is found, come on top of the share for people")
         if asks_online:
             notes += _budget(recipe, document["run_online"])
     document["notes"] = [*notes, "not checked: memory, tokenizer and chat template, which need the model"]
@@ -212,6 +216,13 @@ def _votes(recipe: Recipe, items: int, asked_again: bool = False) -> dict[str, A
     }
 
 
+def _for_people(online: RunOnline, groups: int) -> int:
+    """How many of the groups people are to see."""
+    if online.feedback == "votes" and online.selection is None:
+        return groups
+    return math.ceil(groups * (online.selection or Selection()).share)
+
+
 def _judge(recipe: Recipe, groups: int, size: int) -> dict[str, int]:
     """Questions to the judge: each pair in both orders."""
     assert recipe.run_online is not None
@@ -233,7 +244,7 @@ def _time(recipe: Recipe, votes: int, notes: list[str]) -> dict[str, float | Non
     """Seconds that voting takes, where that can be known."""
     assert recipe.flow is not None
     longest: float | None = None
-    if recipe.run_online is not None and recipe.run_online.feedback == "votes":
+    if recipe.run_online is not None and recipe.run_online.asks_people:
         online = recipe.run_online
         ahead = min(online.max_in_flight, (online.staleness.max_steps + 1) * online.prompts_per_step)
         longest = math.ceil(online.steps * online.prompts_per_step / ahead) * recipe.flow.ttl_s
@@ -262,7 +273,13 @@ def _budget(recipe: Recipe, online: dict[str, Any]) -> list[str]:
         if limit is None or planned["max"] is None:
             continue
         per_step = planned["max"] / online["steps"]
-        if per_step > limit:
+        if recipe.run_online.feedback == "hybrid":
+            if planned["expected"] > limit:
+                found.append(
+                    f"budget.{name} of {limit:g} is less than the expected {planned['expected']:g}: once it is used up "
+                    "the reward model answers alone"
+                )
+        elif per_step > limit:
             found.append(
                 f"budget.{name} of {limit:g} is less than the {per_step:g} that the groups of one step may use: "
                 "nothing would train"

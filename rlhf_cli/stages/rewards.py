@@ -29,8 +29,8 @@ def reward_for_display(session: Session) -> tuple[Reward | None, str | None]:
     could be followed over prompts and steps, so it shows none.
     """
     recipe = session.recipe
-    by_votes = recipe.run_online is None or recipe.run_online.feedback == "votes"
-    if by_votes and recipe.flow is not None and recipe.flow.crowd is not None:
+    by_people = recipe.run_online is None or recipe.run_online.asks_people
+    if by_people and recipe.flow is not None and recipe.flow.crowd is not None:
         score = taste(recipe.flow.crowd.taste)
 
         def by_taste(prompt: Prompt, completions: Sequence[str]) -> list[float]:
