@@ -51,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "train/learning_rate": Metric("learning rate", "", "Step size of the optimiser.", ".2e"),
     "train/beta": Metric("beta", "", "How strongly the policy is held to the reference.", ".3f"),
     "train/entropy_nats": Metric("entropy", "nats", "Of the policy's choice of a token, mean.", ".3f"),
+    "train/marked_frac": Metric("marked", "", "Share of trained completions in which raters marked something.", ".2f"),
     "train/ratio_mean": Metric("ratio", "", "Probability of a token against when it was sampled, mean.", ".3f"),
     "train/clip_frac": Metric("clipped", "", "Share of tokens that had moved too far to count.", ".3f"),
     "train/kl_token_nats": Metric("KL of training", "nats", "KL from the reference, per token that trained.", ".4f"),

@@ -159,6 +159,9 @@ def _matrix(group: Voted) -> Row:
         "trained_step": state.step,
         "set_aside": state.set_aside,
     }
+    if ranked is not None and ranked.segments:
+        keys = ("completion", "start", "end", "good")
+        row["segments"] = [dict(zip(keys, segment, strict=True)) for segment in ranked.segments]
     if state.late:
         row["late_wins"] = np.sum([late.matrix().wins for late in state.late], axis=0).tolist()
     return row
