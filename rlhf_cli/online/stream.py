@@ -102,6 +102,8 @@ class Stream:
         self.set_aside_in_a_row = 0
         self.started = clock() if started is None else started
         """Clock time from which the deadline counts; of the run where a roll-back made another stream."""
+        self._sampled_after = max((g.sampled.policy_step for g in state.groups.values() if not g.void), default=-1)
+        """Steps that the policy had taken when it sampled last; also before a restart, which must not sample again."""
         self._recorded = [state.steps[s] for s in sorted(state.steps)]
         self._ranked = {
             g.sampled.group_id: g.ranked.ranked(g.sampled.group())
@@ -122,7 +124,7 @@ class Stream:
         """Sample, ask and wait until a step's worth of groups is ranked; the oldest sampled go first."""
         wanted = self.online.prompts_per_step
         enough = min(self.online.min_ready or wanted, wanted)
-        sampled = False
+        sampled = self._sampled_after == self.step
         while True:
             self.stop.check()
             self._collect()
@@ -168,7 +170,7 @@ class Stream:
     def _sample(self, count: int) -> None:
         """Sample the next `count` groups with the policy as it is now, record them, ask for votes."""
         self.policy.sync()
-        first = self.next_index
+        first, self._sampled_after = self.next_index, self.step
         prompts = [self._prompt(first + i) for i in range(count)]
         groups = self.policy.sample_groups(
             prompts,
