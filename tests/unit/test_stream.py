@@ -106,6 +106,18 @@ def test_nothing_is_lost_and_nothing_is_bought_for_nothing(online: dict[str, Any
         assert len(sampled(disk)) == len(trained) + len(aside)
 
 
+def test_a_restart_between_sampling_and_its_step_samples_no_second_time() -> None:
+    disk = Disk()
+    train(stream(recipe(steps=2), disk, People(disk)), disk)
+    before = stream(recipe(), disk, People(disk))
+    before.step = 2
+    pulled = next(iter(before))  # sampled and ranked; the process ends before the step is taken
+    after = stream(recipe(), disk, People(disk))
+    after.step = 2
+    assert next(iter(after)).groups == pulled.groups
+    assert [event.index for event in sampled(disk)] == [0, 1, 2, 3, 4, 5]
+
+
 @given(shape, answers, st.lists(st.booleans(), min_size=2, max_size=7).filter(lambda lost: not all(lost)))
 @settings(deadline=None)
 def test_groups_without_votes_are_replaced_and_no_more(
