@@ -29,6 +29,7 @@ from flow_world import until
 from rlhf_cli.journal import journal
 from rlhf_cli.journal.events import (
     CheckpointSaved,
+    GroupRanked,
     GroupSampled,
     GroupSubmitted,
     ItemStopped,
@@ -41,6 +42,7 @@ from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.online.checkpoint import latest
 from rlhf_cli.server.crowd import CrowdSettings
 from rlhf_cli.server.embedded import EmbeddedFlow
+from rlhf_cli.stages.votes_export import export
 
 
 def test_the_stages_one_by_one_make_a_run_that_then_has_nothing_left_to_do(smoke: Smoke, tmp_path: Path) -> None:
@@ -341,6 +343,27 @@ def test_a_reward_model_can_stand_in_for_people(smoke: Smoke, tmp_path: Path) ->
         assert group.ranked is not None
         assert group.ranked.source == "reward_model:train_rm"
         assert group.step is not None
+
+
+def test_what_raters_mark_reaches_the_loss_over_a_death_and_a_resume(smoke: Smoke, tmp_path: Path) -> None:
+    sets = ("run_online.segments.weight=3", "flow.crowd.marks=0.8", "run_online.steps=4", "eval=null")
+    folder = copy(smoke.prepared, tmp_path)
+    assert not succeeded(stage("open-flow", folder, sets=sets))["adopted"]  # a flow that asks for marks is another one
+    process = Process("run-online", folder, sets=sets)
+    process.send(signal.SIGKILL, lambda seen: count(GroupRanked, seen) >= 3)
+    assert process.ended().code == -signal.SIGKILL
+    assert succeeded(stage("run-online", folder, "--resume", sets=sets))["steps"] == 4
+    trained = [group for group in state(folder).groups.values() if group.step is not None]
+    for group in trained:
+        assert group.ranked is not None
+        for completion, start, end, _ in group.ranked.segments:
+            assert 0 <= start < end <= len(group.sampled.completions[completion].text)
+    assert any(group.ranked.segments for group in trained if group.ranked)
+    shares = [row["train/marked_frac"] for row in read_metrics(RunDir(folder).metrics)]
+    assert max(shares) > 0
+    (exported, *_) = [row for row in export(folder, "matrices") if "segments" in row]
+    marks = {(m["completion"], m["good"]) for m in exported["segments"]}
+    assert len(marks) > 1
 
 
 def test_adapters_can_be_trained_instead_of_weights(tmp_path: Path) -> None:
