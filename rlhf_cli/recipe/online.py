@@ -291,7 +291,7 @@ class Drift(Section):
     """Clusters of prompts."""
     window: int = Field(64, ge=8)
     """How many of the groups that people decided most lately may count as new; they are compared with those before."""
-    z: float = Field(3.0, gt=0)
+    z: float = Field(3.5, gt=0)
     """Standard errors by which disagreement has to have risen."""
     round_groups: int = Field(16, ge=1)
     """Groups of a drifting cluster that people are asked about in a targeted round."""
