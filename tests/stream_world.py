@@ -25,15 +25,18 @@ class Killed(Exception):
 
 @dataclass
 class Disk:
-    """A journal in memory that may die before it writes event number `dies_at`."""
+    """A journal in memory that may die before it writes event number `dies_at`, or right after `dies_after`."""
 
     entries: list[Entry] = field(default_factory=list)
     dies_at: int | None = None
+    dies_after: int | None = None
 
     def append(self, event: Event) -> Entry:
         if self.dies_at is not None and len(self.entries) >= self.dies_at:
             raise Killed
         self.entries.append(Entry(len(self.entries), 0.0, event))
+        if self.dies_after is not None and len(self.entries) > self.dies_after:
+            raise Killed
         return self.entries[-1]
 
     def of(self, kind: type) -> list[Any]:
