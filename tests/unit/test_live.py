@@ -266,6 +266,27 @@ def test_plain_mode_says_how_the_reward_model_is_doing() -> None:
     assert out.getvalue() == "step=3 loss=0.6100 accuracy=0.750 step_s=1.0\n"
 
 
+def test_agreement_of_model_and_people_is_shown_where_both_answer() -> None:
+    seen, figures = seen_run(), {"rm/version": 3.0, "rm/agreement": 0.714, "rm/heldout_accuracy": 0.8}
+    assert not any(line.plain.startswith("model") for line in panel(seen, 100))
+    seen.status(figures)
+    assert "model   version 3 \u00b7 agrees with 71% of people's votes \u00b7 80% held out" in [
+        line.plain for line in panel(seen, 100)
+    ]
+    out = io.StringIO()
+    PlainLines(out).on_metrics(3, figures)
+    assert out.getvalue() == "step=3 rm_version=3 rm_agreement=0.714\n"
+
+
+def test_votes_that_a_model_made_up_are_not_counted_as_peoples() -> None:
+    seen = seen_run()
+    before = list(seen.ranked)
+    seen.event(ranked(3).model_copy(update={"source": "reward_model:v2"}))
+    assert seen.ranked == before
+    seen.event(ranked(3))
+    assert len(seen.ranked) == len(before) + 1
+
+
 def test_votes_of_a_trained_step_no_longer_count_for_the_next() -> None:
     seen = seen_run()
     seen.event(StepTrained(step=4, group_ids=()))

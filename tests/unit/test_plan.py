@@ -86,6 +86,25 @@ def test_a_budget_that_will_not_do_is_said_before(budget: str, said: str | None)
     assert said is None or said in notes[0]
 
 
+HYBRID = RECIPE.replace("steps: 3", "steps: 3\n  feedback: hybrid")
+
+
+def test_with_hybrid_feedback_people_see_their_share_of_the_groups() -> None:
+    assert plan(HYBRID)["run_online"]["votes"]["max"] == 6 * 8  # a quarter of 24 groups where the recipe says nothing
+    said = plan(
+        HYBRID.replace("feedback: hybrid", "feedback: hybrid\n  selection: {share: 0.5}\n  refresh: {}\n  drift: {}")
+    )
+    assert said["run_online"]["votes"]["max"] == 12 * 8
+    assert any("targeted rounds" in note for note in said["notes"])
+
+
+@pytest.mark.parametrize(("votes", "said"), [(35, True), (36, False)])
+def test_a_hybrid_run_does_not_end_with_its_budget(votes: int, said: bool) -> None:
+    notes = plan(HYBRID.replace("votes: 500", f"votes: {votes}"))["notes"]
+    assert any("the reward model answers alone" in note for note in notes) == said
+    assert not any("exit code 6" in note for note in notes)
+
+
 def test_what_becomes_of_each_number_at_the_service_is_said() -> None:
     rows = {row["key"]: row for row in plan(RAPIDATA)["flow"]["mapping"]}
     assert "not known here" in rows["responses.desired"]["note"]

@@ -108,3 +108,45 @@ def test_with_reward_model_feedback_the_loop_follows_from_the_reward_model(tmp_p
     write_rows(tmp_path / "votes.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}])
     assert changed(before, fingerprints(recipe, by_model)) == {"train-rm", *ONLINE}
     assert "run-online" not in changed(before, fingerprints(recipe, by_model, "flow.ttl_s=90")) - {"train-rm", *ONLINE}
+
+
+def test_with_hybrid_feedback_the_loop_follows_from_the_reward_model_and_from_people(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    hybrid = "run_online.feedback=hybrid"
+    before = fingerprints(recipe, hybrid)
+    assert changed(before, fingerprints(recipe, hybrid, "train_rm.epochs=3")) == {"train-rm", *ONLINE}
+    assert changed(before, fingerprints(recipe, hybrid, "flow.ttl_s=90")) == {"open-flow", *ONLINE}
+    assert changed(before, fingerprints(recipe, hybrid, "run_online.refresh={every_groups: 4}")) == ONLINE
+
+
+JUDGE = "run_online.judge={url: 'http://127.0.0.1:1/v1', model: %s}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "other", "stages"),
+    [
+        (("run_online.feedback=judge", JUDGE % "a"), JUDGE % "b", ONLINE),
+        (("run_online.feedback=judge", JUDGE % "a"), "run_online.judge.at_once=2", set()),
+        (("run_online.feedback=judge", JUDGE % "a"), "run_online.judge.timeout_s=9", set()),
+        (("run_online.feedback=judge", JUDGE % "a"), "flow.crowd.agreement=0.9", {"eval"}),
+        (("eval.judge=judge", JUDGE % "a"), JUDGE % "b", {"eval"}),
+        (("run_online.selection={by: uncertainty}",), "train_rm.epochs=3", {"train-rm", *ONLINE}),
+        (("run_online.selection={by: diverse}",), "train_rm.epochs=3", {"train-rm", "eval"}),
+    ],
+)
+def test_whoever_compares_counts_for_the_stages_that_ask_and_how_they_are_called_for_none(
+    tmp_path: Path, overrides: tuple[str, ...], other: str, stages: set[str]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    assert changed(fingerprints(recipe, *overrides), fingerprints(recipe, *overrides, other)) == stages
+
+
+def test_a_function_counts_by_its_content(tmp_path: Path) -> None:
+    recipe, function = write_recipe(tmp_path), tmp_path / "taste.py"
+    function.write_text("def score(groups): ...\n")
+    section = ("run_online.feedback=function", f"run_online.function={{file: {function}}}")
+    before = fingerprints(recipe, *section)
+    assert changed(before, fingerprints(recipe, *section, "run_online.function.batch=2")) == set()
+    assert changed(before, fingerprints(recipe, *section, "flow.ttl_s=90")) == {"open-flow", "eval"}
+    function.write_text("def score(groups): return []\n")
+    assert changed(before, fingerprints(recipe, *section)) == ONLINE
