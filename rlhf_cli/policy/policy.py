@@ -95,7 +95,11 @@ class Policy:
             reference = frozen_copy(base) if train else base
         self.start = self.reference = reference
         """The model that training started from, and what the policy is held to."""
-        self.model: PreTrainedModel | PeftModel = base if lora is None else get_peft_model(base, lora)
+        self.model: PreTrainedModel | PeftModel = base
+        if lora is not None:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(recipe.seed)  # adapters start random, and again as they were after a crash
+                self.model = get_peft_model(base, lora)
         self.previous: PreTrainedModel | None = None
         """What `policy: previous` samples from; None where no role does."""
         if train and recipe.run_online is not None:

@@ -74,9 +74,9 @@ def after_step(step: int) -> Moment:
     return lambda folder: count(StepTrained, events(folder)) >= step
 
 
-def while_saving(step: int) -> Moment:
-    """The critic is on disk, the checkpoint has no name yet."""
-    return lambda folder: (RunDir(folder).checkpoints / ".partial" / f"checkpoint-{step}" / CRITIC).exists()
+def while_saving(step: int, last: str = CRITIC) -> Moment:
+    """The file that is written last is on disk, the checkpoint has no name yet."""
+    return lambda folder: (RunDir(folder).checkpoints / ".partial" / f"checkpoint-{step}" / last).exists()
 
 
 def kill(recipe: Path, folder: Path, when: Moment, *options: str) -> None:
