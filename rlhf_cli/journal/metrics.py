@@ -130,7 +130,7 @@ METRICS: dict[str, Metric] = {
     "time/wait_s": Metric("wait", "s", "Waiting for votes.", ".2f"),
     "time/train_s": Metric("train", "s", "Learner update.", ".2f"),
     "time/sync_s": Metric("sync", "s", "Copying weights to the generator.", ".2f"),
-    "cost/usd": Metric("cost", "USD", "Spent on votes.", ".2f"),
+    "cost/usd": Metric("cost", "USD", "Spent on votes and on a judge.", ".2f"),
     "run/steps_total": Metric("steps", "steps", "Steps planned.", ".0f"),
 }
 
