@@ -332,6 +332,22 @@ def test_figures_count_real_tokens_alone(recipe: MakeRecipe, tiny: str, tmp_path
     assert figures["train/policy_loss"] == pytest.approx(0, abs=1e-5)  # whitened advantages at a ratio of 1
 
 
+def test_dropout_of_adapters_is_no_part_of_a_ratio(
+    recipe: MakeRecipe, tiny: str, tmp_path: Path, reward_model: Path
+) -> None:
+    """What was sampled was scored without it, so the first update is at a ratio of 1, and the critic repeats itself."""
+    plan = online(recipe, steps=1).model_copy(
+        update={"model": recipe(model={"lora": {"rank": 4, "dropout": 0.5}}).model}
+    )
+    policy = Policy(tiny, plan)
+    moved(policy.model, 0.02)
+    one = trainer(policy, plan, tmp_path, reward_model, Batch(two_groups(policy), 0.1))
+    moved(one.critic, 0.02)
+    one.resume(None)
+    assert one.step_metrics["train/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert one.step_metrics["train/value_clip_frac"] == 0
+
+
 def test_feedback_without_scores_is_never_taken_for_a_score_of_zero(
     recipe: MakeRecipe, tiny: str, tmp_path: Path, reward_model: Path
 ) -> None:

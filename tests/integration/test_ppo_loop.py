@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
-from cli_world import rlhf, state, succeeded
+from cli_world import refused, rlhf, state, succeeded
 
 from rlhf_cli.journal.metrics import METRICS, read_metrics
 from rlhf_cli.journal.run_dir import RunDir
@@ -23,16 +24,17 @@ def lines(path: Path, rows: list[object]) -> str:
     return str(path)
 
 
-def test_the_scores_of_a_function_rise(tmp_path: Path, tiny: str) -> None:
-    """It likes vowels; a completion that the token limit cuts off scores as it is."""
-    (tmp_path / "taste.py").write_text(FUNCTION)
+def write(folder: Path, path: str, **of_reward_model: Any) -> Path:
+    """A recipe whose reward is a function that likes vowels; a completion that was cut off scores as it is."""
+    (folder / "taste.py").write_text(FUNCTION)
     votes = [{"prompt": f"what is {n}?", "completions": ["la", "zt"], "wins": [[0, 3], [n % 2, 0]]} for n in range(8)]
+    trained = {"dataset": lines(folder / "votes.jsonl", list(votes)), "max_steps": 5, "learning_rate": 1e-3}
     recipe = {
         "name": "ppo",
         "seed": 5,
-        "model": {"path": tiny},
-        "data": {"prompts": lines(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}!"} for n in range(6)])},
-        "train_rm": {"dataset": lines(tmp_path / "votes.jsonl", list(votes)), "max_steps": 5, "learning_rate": 1e-3},
+        "model": {"path": path},
+        "data": {"prompts": lines(folder / "prompts.jsonl", [{"prompt": f"Say {n}!"} for n in range(6)])},
+        "train_rm": {**trained, **of_reward_model},
         "run_online": {
             "feedback": "function",
             "function": {"file": "taste.py"},
@@ -54,8 +56,13 @@ def test_the_scores_of_a_function_rise(tmp_path: Path, tiny: str) -> None:
         },
         "compute": {"threads": 1, "precision": "fp32", "generator_precision": "fp32"},
     }
-    file = tmp_path / "recipe.yaml"
+    file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def test_the_scores_of_a_function_rise(tmp_path: Path, tiny: str) -> None:
+    file = write(tmp_path, tiny)
     folder = tmp_path / "run"
     succeeded(rlhf("train-rm", file, "--run-dir", folder, "--json"))
     result = succeeded(rlhf("run-online", file, "--run-dir", folder, "--json"))
@@ -72,3 +79,12 @@ def test_the_scores_of_a_function_rise(tmp_path: Path, tiny: str) -> None:
         scores = [score for ranked in said if ranked is not None for score in ranked.scores or ()]
         assert len(scores) == 16
         assert abs(sum(scores) / 16 - trained[step - 1]) < 1e-4
+
+
+def test_a_reward_model_that_cannot_be_the_critic_is_refused_before_anything_is_sampled(
+    tmp_path: Path, tiny: str, tiny_encoder: str
+) -> None:
+    file, folder = write(tmp_path, tiny, model=tiny_encoder), tmp_path / "run"
+    succeeded(rlhf("train-rm", file, "--run-dir", folder, "--json"))
+    refused(rlhf("run-online", file, "--run-dir", folder), 3, "does not know the policy's tokens", "train_rm.model")
+    assert not state(folder).groups
