@@ -85,10 +85,13 @@ class DriftWatch:
     Args:
         drift: Sizes and threshold.
         cluster: Sorts prompts.
+        say: Takes a sentence that whoever watches should read.
     """
 
-    def __init__(self, drift: Drift, cluster: Callable[[Prompt], int]) -> None:
-        self.drift, self.cluster = drift, cluster
+    def __init__(
+        self, drift: Drift, cluster: Callable[[Prompt], int], say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.drift, self.cluster, self._say = drift, cluster, say
         self.outdated: set[str] = set()
         """Groups whose votes a refit should leave out: people in their cluster now say something else."""
         self.refit_due = False
@@ -211,6 +214,11 @@ class DriftWatch:
             outdated=tuple(seen.group_id for seen in self._seen[: rise.first] if seen.cluster == cluster),
         )
         self._begin(found)
+        self._say(
+            f"Model and people disagree more than before in cluster {cluster} of prompts, about "
+            f"{rise.now - rise.before:.0%} more of the votes ({rise.z:.1f} standard errors); people see the next "
+            f"{found.groups} groups of it, then the model is refitted."
+        )
         return [found]
 
     def _begin(self, found: DriftFound) -> None:

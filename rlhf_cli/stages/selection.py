@@ -35,7 +35,7 @@ def chooser_of(session: Session, state: RunState) -> tuple[Chooser, DriftWatch |
     if state.compared is None:
         found = tuple(zip(clusters.sizes, (p.id for p in clusters.middles), strict=True)) if clusters else ()
         session.journal.append(PromptsCompared(embedding=embed.embedding, clusters=found))
-    watch = DriftWatch(drift, clusters) if drift is not None and clusters is not None else None
+    watch = DriftWatch(drift, clusters, session.note) if drift is not None and clusters is not None else None
     return Chooser(selection, recipe.seed, embed=embed, watch=watch), watch
 
 
