@@ -134,6 +134,13 @@ METRICS: dict[str, Metric] = {
     "run/steps_total": Metric("steps", "steps", "Steps planned.", ".0f"),
 }
 
+ROLE_METRICS: dict[str, Metric] = {
+    "reward": Metric("reward", "", "Mean score of what the role sampled since the last step.", ".3f"),
+    "length_tokens": Metric("length", "tokens", "Mean length of the same.", ".1f"),
+    "win_frac": Metric("won", "", "Of the step's votes between this role and another, the share it won.", ".3f"),
+}
+"""Of every role that a recipe names, under `role/<name>/...`."""
+
 
 class MetricsWriter:
     """Appends rows to metrics.jsonl and shows them. A lost row is only a gap in a chart, so there is no fsync."""

@@ -12,7 +12,7 @@ from rlhf_cli.report.plots import Chart
 from rlhf_cli.report.record import Record
 from rlhf_cli.report.reward_model import reward_model_section
 from rlhf_cli.report.style import STYLE
-from rlhf_cli.report.texts import groups_section, samples_section, supervised_section
+from rlhf_cli.report.texts import groups_section, roles_section, samples_section, supervised_section
 
 MOST_TABLE_ROWS = 400
 
@@ -45,6 +45,7 @@ def page(record: Record, charts: Sequence[tuple[Chart, str]]) -> str:
         _verdict(record),
         reward_model_section(record.honesty),
         _charts(record, charts),
+        roles_section(record),
         samples_section(record),
         supervised_section(record),
         groups_section(record),

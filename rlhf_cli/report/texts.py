@@ -5,9 +5,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from rlhf_cli.journal.metrics import ROLE_METRICS
 from rlhf_cli.journal.replay import GroupState
 from rlhf_cli.ranking.bradley_terry import rank
-from rlhf_cli.report.markup import esc, interval_bar, model_text, section
+from rlhf_cli.report.markup import esc, interval_bar, model_text, section, table
 from rlhf_cli.report.record import Record
 
 MOST_SAMPLES = 24
@@ -87,6 +88,26 @@ def groups_section(record: Record) -> str:
     return section("Votes behind the steps", lead, "\n".join(map(_group, spread)))
 
 
+def roles_section(record: Record) -> str:
+    """What each role of the recipe added, over all steps; nothing where it has no roles."""
+    names = [name.split("/")[1] for row in record.rows for name in row if name.startswith("role/")]
+    if not names:
+        return ""
+    rows = []
+    for role in dict.fromkeys(names):
+        values = {key: [row.get(f"role/{role}/{key}") for row in record.rows] for key in ROLE_METRICS}
+        numbers = {key: [v for v in column if isinstance(v, int | float)] for key, column in values.items()}
+        cells = [format(fmean(n), ROLE_METRICS[key].form) if n else "\u2013" for key, n in numbers.items()]
+        rows.append([esc(role), *cells])
+    lead = (
+        "Means over all steps. <em>Won</em> is the share of the votes between a completion of this role and one of "
+        "another that it won; with two roles the shares add up to 1. All other figures of this report are of the "
+        "policy's own completions: neither those of an earlier policy nor those that a reward model chose."
+    )
+    head = ["role", *(f'<span title="{esc(m.help)}">{esc(m.label)}</span>' for m in ROLE_METRICS.values())]
+    return section("Roles", lead, f'<div class="card">{table(head, rows)}</div>')
+
+
 def _group(group: GroupState) -> str:
     assert group.ranked is not None  # replay lets no step train on a group without votes
     wins = group.ranked.matrix()
@@ -101,6 +122,8 @@ def _group(group: GroupState) -> str:
             ("no votes", ranking.no_votes[i]),
         ]
         chips = "".join(f'<span class="chip warn">{name}</span>' for name, on in flags if on)
+        if role := group.sampled.completions[i].role:
+            chips += f'<span class="chip">{esc(role)}</span>'
         rows.append(
             f"<tr><td>{interval_bar(low, ranking.scores[i], high, (-reach, reach), 0)}</td>"
             f"<td>{ranking.scores[i]:+.2f}</td><td>{ranking.p_best[i]:.0%}</td>"

@@ -159,6 +159,8 @@ def _matrix(group: Voted) -> Row:
         "trained_step": state.step,
         "set_aside": state.set_aside,
     }
+    if any(c.role for c in state.sampled.completions):
+        row["roles"] = [c.role for c in state.sampled.completions]
     if ranked is not None and ranked.segments:
         keys = ("completion", "start", "end", "good")
         row["segments"] = [dict(zip(keys, segment, strict=True)) for segment in ranked.segments]
@@ -169,7 +171,8 @@ def _matrix(group: Voted) -> Row:
 
 def _pairs(group: Voted) -> Iterator[Row]:
     """Pairs with votes; completion i stands before j."""
-    wins, texts = group.wins, [c.text for c in group.state.sampled.completions]
+    wins, completions = group.wins, group.state.sampled.completions
+    texts, roles = [c.text for c in completions], [c.role for c in completions]
     assert wins is not None
     for i in range(len(texts)):
         for j in range(i + 1, len(texts)):
@@ -183,6 +186,7 @@ def _pairs(group: Voted) -> Iterator[Row]:
                     "prompt": _prompt(group.state),
                     "completion_i": texts[i],
                     "completion_j": texts[j],
+                    **({"role_i": roles[i], "role_j": roles[j]} if any(roles) else {}),
                 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import statistics
@@ -15,6 +16,8 @@ from rlhf_cli.journal.events import GroupIntended, GroupSampled, GroupSetAside, 
 from rlhf_cli.journal.metrics import METRICS, read_metrics
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.policy.scoring import RewardModel, open_reward_model
+from rlhf_cli.report.build import build_report
+from rlhf_cli.stages.votes_export import export
 
 ROLES = (
     "run_online.sampling.temperature=1.0",
@@ -101,6 +104,17 @@ def test_people_vote_on_groups_with_roles(smoke: Smoke, tmp_path: Path) -> None:
     shares = [row[f"role/{name}/win_frac"] for row in rows for name in ("main", "best", "old")]
     assert len(shares) == 12
     assert all(0 <= share <= 1 for share in shares)
+
+    roles = ["main", "best", "best", "old"]
+    assert [row["roles"] for row in export(folder, "matrices")] == [roles] * 16
+    assert {(row["i"], row["role_i"], row["j"], row["role_j"]) for row in export(folder, "pairs")} == {
+        (i, roles[i], j, roles[j]) for i in range(4) for j in range(i + 1, 4)
+    }
+    page = build_report(folder).read_text()
+    for name in ("main", "best", "old"):
+        mean = statistics.fmean(row[f"role/{name}/win_frac"] for row in rows)
+        assert re.search(rf"<tr><td>{name}</td>.*?<td>{mean:.3f}</td></tr>", page)
+        assert f'<span class="chip">{name}</span>' in page
 
 
 def test_who_chooses_the_best_has_to_be_trained_first(smoke: Smoke, tmp_path: Path) -> None:

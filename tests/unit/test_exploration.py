@@ -1,4 +1,6 @@
-"""Roles of a group: who samples what, with which weights, and what is kept of several."""
+"""Roles of a group: who samples what, with which weights, what is kept of several; and groups worth nothing."""
+
+# ruff: noqa: E501  (tables, one case a line)
 
 from __future__ import annotations
 
@@ -12,10 +14,15 @@ from tiny_world import MakeRecipe, prompt
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from rlhf_cli.errors import DataError
+from rlhf_cli.journal.replay import RunState
+from rlhf_cli.online.degenerate import degenerate
+from rlhf_cli.online.guards import Guards
+from rlhf_cli.online.roles import role_metrics, win_shares
+from rlhf_cli.online.stream import Fresh
 from rlhf_cli.policy.generate import _RowTopP, sample, token_logps
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.online import Sampling
-from rlhf_cli.types import Group, Prompt
+from rlhf_cli.types import Completion, Group, Prompt, RankedGroup, WinMatrix
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -237,3 +244,79 @@ def test_a_role_changes_no_random_number_of_another_policy(recipe: MakeRecipe, t
     )
     assert own == [c.token_ids for g in alone for c in g.completions]
     assert own != [c.token_ids for g in old for c in g.completions[2:]]
+
+
+# --- what each role adds
+
+
+def said(text: str, role: str = "", ended: bool = True, tokens: int = 1) -> Completion:
+    return Completion(text, (3,) * tokens, (-1.0,) * tokens, (-1.0,) * tokens, ended, role)
+
+
+def of(*completions: Completion, name: str = "g", index: int = 0) -> Group:
+    return Group(name, index, prompt("Why?"), (1,), completions, 0)
+
+
+def test_a_role_wins_the_votes_that_it_took_from_others_and_no_others() -> None:
+    """By hand: `main` has completions 0 and 1, `old` has 2."""
+    group = of(said("a", "main"), said("b", "main"), said("c", "old"))
+    wins = WinMatrix([[0, 5, 3], [1, 0, 0.5], [1, 0.5, 0]])  # the 6 votes within `main` say nothing about it
+    ranked = RankedGroup(group, wins, "item:i", 1.0, True)
+    assert win_shares([ranked]) == {"main": 3.5 / 5, "old": 1.5 / 5}
+    assert win_shares([ranked, ranked]) == {"main": 3.5 / 5, "old": 1.5 / 5}
+    only_within = RankedGroup(group, WinMatrix([[0, 5, 0], [1, 0, 0], [0, 0, 0]]), "item:i", 1.0, True)
+    assert win_shares([only_within]) == {}  # no vote is no share, not a share of 0
+
+
+def test_the_figures_of_a_role_are_means_of_what_it_sampled() -> None:
+    fresh = Fresh()
+    roles = sampling({**MAIN, "best_of": 2}, {**COLD, "name": "own"})
+    group = of(said("ab", "main", tokens=2), said("abcd", "main", ended=False, tokens=4), said("a", "own"))
+    fresh.add(group, [1.0, 4.0, 3.0], roles)
+    assert role_metrics(fresh.roles, []) == {
+        "role/main/length_tokens": 3,
+        "role/main/reward": 2.5,
+        "role/own/length_tokens": 1,
+        "role/own/reward": 3,
+    }
+    assert (fresh.tokens, fresh.chars, fresh.rewards, fresh.ended) == ([1], [1], [3.0], [True])  # the policy's own
+    unscored = Fresh()
+    unscored.add(group, None, roles)
+    assert role_metrics(unscored.roles, []) == {"role/main/length_tokens": 3, "role/own/length_tokens": 1}
+
+
+def test_what_a_reward_model_chose_or_an_earlier_policy_said_is_not_how_far_the_policy_is(recipe: MakeRecipe) -> None:
+    roles = sampling({**MAIN, "count": 1}, {"name": "best", "count": 1, "best_of": 4}, OLD)
+    online = recipe(run_online={"sampling": roles.model_dump(), "prompts_per_step": 1}).run_online
+    assert online is not None
+    guards = Guards(online, RunState())
+
+    def at(role: str, kl_nats: float) -> Completion:
+        return Completion("text", (3,), (kl_nats - 1.0,), (-1.0,), True, role)
+
+    for n in range(16):
+        guards.sampled([of(at("main", 2.0), at("best", 50.0), at("old", -3.0), index=n)])
+        assert (guards.kl_nats is None) == (n < 15)  # sixteen of its own make it enough
+    assert guards.kl_nats == pytest.approx(2.0)
+    assert guards.kl_latest_nats == pytest.approx(2.0)
+
+
+# --- degenerate groups
+
+
+@pytest.mark.parametrize(
+    ("completions", "cut_off", "why"),
+    [
+        ((said("a"), said("b")), "drop", None),
+        ((said("a"), said("a ")), "use", "degenerate: all completions say the same"),
+        ((said(""), said(" \n")), "use", "degenerate: all completions are empty"),
+        ((said("a"), said("")), "use", None),
+        ((said("a", ended=False), said("b", ended=False)), "use", None),
+        ((said("a", ended=False), said("b", ended=False)), "drop", "degenerate: the token limit cut off all completions"),
+        ((said("a", ended=False), said("b")), "drop", None),
+    ],
+)  # fmt: skip
+def test_a_group_that_nobody_could_learn_from_says_why(
+    completions: tuple[Completion, ...], cut_off: Any, why: str | None
+) -> None:
+    assert degenerate(of(*completions), cut_off) == why
