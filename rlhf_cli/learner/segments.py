@@ -1,7 +1,7 @@
 """What raters marked inside completions, as weights of tokens: marked tokens count more in a completion's score.
 
-Source: the dense DPO of Yu et al. (2023), "RLHF-V", eq. 3, where the tokens that a correction changed weigh more, and
-the weights are normalised so that no completion gains by their number alone.
+Source: the dense DPO of Yu et al. (2023), "RLHF-V", where the tokens that a correction changed weigh more, and the
+weights are normalised so that no completion gains by their number alone. What differs here is told in docs/segments.md.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def by_hand(policy: Policy, ranked: RankedGroup, loss: str = "sigmoid") -> Tenso
         for side, wanted in ((won, True), (lost, False)):
             weigh = [WEIGHT if (place, t, wanted) in MARKS else 1.0 for t in range(len(ratio))]
             total = sum(w * r for w, r in zip(weigh, ratio, strict=True))
-            mean = total / sum(weigh)  # RLHF-V, eq. 3
+            mean = total / sum(weigh)  # as in RLHF-V
             side.append(mean if loss == "ipo" else mean * len(ratio))
     terms = []
     for i, row in enumerate(ranked.wins.wins):

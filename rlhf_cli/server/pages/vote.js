@@ -263,7 +263,7 @@ function pick() {
   for (const button of markButtons) button.disabled = !picked || (button.dataset.mark === "none" && !marked);
   const words = picked ? visible(current[picked.side].slice(picked.start, picked.end)) : "";
   const short = words.length > 60 ? `${words.slice(0, 59)}\u2026` : words;
-  const hint = keyboardSide ? "Arrows select, G good, X bad, M or Esc ends" : "Select words to mark them, if you like";
+  const hint = keyboardSide ? "Arrows select, G good, X bad, M or Esc ends" : "Select words to mark (optional)";
   $("picked").textContent = picked ? `\u201c${short}\u201d` : hint;
 }
 function mark(what, span = picked) {
