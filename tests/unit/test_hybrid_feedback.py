@@ -13,11 +13,20 @@ from hybrid_world import Spelled, World, group, liked
 from stream_world import Disk, Killed
 
 from rlhf_cli.errors import RunDamaged
+from rlhf_cli.feedback.drift import DriftWatch
 from rlhf_cli.feedback.refresh import agreement
-from rlhf_cli.journal.events import GroupChosen, GroupIntended, GroupRanked, GroupSampled, RewardModelRefreshed
+from rlhf_cli.journal.events import (
+    DriftFound,
+    GroupChosen,
+    GroupIntended,
+    GroupRanked,
+    GroupSampled,
+    RewardModelRefreshed,
+    RoundEnded,
+)
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.policy.heads import HEADS, Heads, VotedFeatures
-from rlhf_cli.recipe.online import Refresh, Selection
+from rlhf_cli.recipe.online import Drift, Refresh, Selection
 from rlhf_cli.types import Unranked
 
 GROUPS = 40
@@ -242,3 +251,35 @@ def test_an_ensemble_is_refitted_head_by_head(tmp_path: Path) -> None:
     scored = world.live.score(group(99))
     assert scored.spread is not None
     assert (scored.spread > 0).all()
+
+
+@pytest.mark.parametrize("refitted", [False, True])
+def test_a_refit_that_a_targeted_round_asked_for_is_done_once_whatever_dies(tmp_path: Path, refitted: bool) -> None:
+    disk = Disk()
+    disk.append(DriftFound(cluster=0, z=4.0, before=0.1, now=0.4, groups=4, outdated=()))
+    disk.append(RoundEnded(cluster=0))
+    if refitted:
+        disk.append(
+            RewardModelRefreshed(
+                version=1, published=False, groups=0, heldout=(), accuracy_before=0.5, accuracy_after=0.4
+            )
+        )
+    watch = DriftWatch(Drift(), lambda prompt: 0)
+    World(disk, tmp_path, watch=watch)
+    assert watch.refit_due is not refitted
+
+
+def test_a_round_that_ended_does_not_wait_for_as_many_groups_as_a_refit_else_needs(tmp_path: Path) -> None:
+    disk, watch = Disk(), DriftWatch(Drift(), lambda prompt: 0)
+    world = World(disk, tmp_path, looks=1, refresh=Refresh(every_groups=1000), watch=watch)
+    world.run(12)
+    assert not disk.of(RewardModelRefreshed)
+    outdated = {next(event.group_id for event in disk.of(GroupRanked) if event.by_people)}
+    watch.outdated.update(outdated)
+    watch.refit_due = True
+    world.feedback.collect()
+    (event,) = disk.of(RewardModelRefreshed)
+    assert not outdated & set(event.heldout)
+    assert not watch.refit_due
+    world.feedback.collect()
+    assert len(disk.of(RewardModelRefreshed)) == 1
