@@ -219,3 +219,13 @@ def test_what_a_finger_selected_is_marked_by_taps_on_a_phone(site: Site, until: 
     page.get_by_role("button", name="Answer 2").tap()
     until(page, site.votes)
     assert words_of(site) == {(word, False)}
+
+
+def test_browsers_that_cannot_tell_words_apart_go_by_blanks(site: Site, page: Page) -> None:
+    page.add_init_script("delete Intl.Segmenter")
+    page.reload()
+    page.wait_for_selector("#voting:not([hidden])")
+    words = page.inner_text("#left").split()
+    press(page, "m", "ArrowRight", "g", "ArrowDown", "x")
+    assert marked(page)[0] == ("liked", words[1])
+    assert marked(page)[1][1] in page.inner_text("#left").replace(". ", ".|").split("|")

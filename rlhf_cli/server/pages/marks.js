@@ -53,8 +53,9 @@ export function select(element, text, { start, end }) {
 
 // Spans of the words or sentences of a text.
 export function units(text, granularity) {
-  const found = [...new Intl.Segmenter(undefined, { granularity }).segment(text)].filter(({ segment, isWordLike }) =>
-    isWordLike ?? segment.trim());
+  const found = Intl.Segmenter
+    ? [...new Intl.Segmenter(undefined, { granularity }).segment(text)].filter((unit) => unit.isWordLike ?? unit.segment.trim())
+    : [...text.matchAll(granularity === "word" ? /\S+/g : /\S[^.!?\n]*[.!?]*/g)].map((match) => ({ index: match.index, segment: match[0] }));
   return found.map(({ index, segment }) => ({ start: index, end: index + segment.trimEnd().length }));
 }
 
