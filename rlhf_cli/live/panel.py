@@ -86,7 +86,8 @@ def panel(seen: Seen, width: int) -> list[Text]:
     if seen.stage in _SUPERVISED:
         lines += _supervised(seen, width)
     elif "run/steps_total" in seen.now or seen.step:
-        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_model(seen), *_pace(seen, width)]
+        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_model(seen), *_judge(seen)]
+        lines += _pace(seen, width)
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -192,6 +193,17 @@ def _model(seen: Seen) -> list[Text]:
         ("rm/heldout_accuracy", "{:.0%} held out"),
     )
     return [_row("model", facts)] if facts else []
+
+
+def _judge(seen: Seen) -> list[Text]:
+    """What a language model that compares has shown of itself."""
+    facts = _facts(
+        seen.now,
+        ("judge/position_bias", "position bias {:+.1%}"),
+        ("judge/inconsistent_frac", "{:.0%} of pairs contradict"),
+        ("judge/cached_frac", "{:.0%} from disk"),
+    )
+    return [_row("judge", facts)] if facts else []
 
 
 def _bar(votes: float, limits: Sequence[float | None], width: int) -> tuple[str, str]:
