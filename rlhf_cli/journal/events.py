@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Segment, WinMatrix
+
+
+_BY_PEOPLE = re.compile(r"(recorded:[^/]*/)*item:")
 
 
 class _Event(BaseModel):
@@ -182,7 +186,7 @@ class GroupRanked(_Event):
     @property
     def by_people(self) -> bool:
         """Simulated and recorded ones included; False where a model answered in their place."""
-        return "item:" in self.source
+        return _BY_PEOPLE.match(self.source) is not None
 
     def matrix(self) -> WinMatrix:
         return WinMatrix(self.wins)

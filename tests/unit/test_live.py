@@ -278,6 +278,13 @@ def test_agreement_of_model_and_people_is_shown_where_both_answer() -> None:
     assert out.getvalue() == "step=3 rm_version=3 rm_agreement=0.714\n"
 
 
+def test_how_far_a_judge_contradicts_itself_is_shown_where_one_compares() -> None:
+    seen = seen_run()
+    assert not any(line.plain.startswith("judge") for line in panel(seen, 100))
+    seen.status({"judge/position_bias": 0.031, "judge/inconsistent_frac": 0.25, "judge/requests_total": 9.0})
+    assert "judge   position bias +3.1% \u00b7 25% of pairs contradict" in [line.plain for line in panel(seen, 100)]
+
+
 def test_votes_that_a_model_made_up_are_not_counted_as_peoples() -> None:
     seen = seen_run()
     before = list(seen.ranked)
