@@ -7,16 +7,30 @@ import re
 import shutil
 import signal
 import statistics
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from cli_world import QUICK, Process, Smoke, copy, count, events, refused, stage, state, succeeded
+from cli_world import (
+    QUICK,
+    Process,
+    Smoke,
+    assert_every_label_has_its_votes,
+    copy,
+    count,
+    events,
+    refused,
+    stage,
+    state,
+    succeeded,
+)
 
 from rlhf_cli.journal.events import GroupIntended, GroupSampled, GroupSetAside, StepTrained
 from rlhf_cli.journal.metrics import METRICS, read_metrics
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.policy.scoring import RewardModel, open_reward_model
 from rlhf_cli.report.build import build_report
+from rlhf_cli.server.store import Store
 from rlhf_cli.stages.votes_export import export
 
 ROLES = (
@@ -115,6 +129,30 @@ def test_people_vote_on_groups_with_roles(smoke: Smoke, tmp_path: Path) -> None:
         mean = statistics.fmean(row[f"role/{name}/win_frac"] for row in rows)
         assert re.search(rf"<tr><td>{name}</td>.*?<td>{mean:.3f}</td></tr>", page)
         assert f'<span class="chip">{name}</span>' in page
+
+
+def test_what_is_said_twice_is_shown_once_and_its_copy_gets_no_vote(smoke: Smoke, tmp_path: Path) -> None:
+    """Two cold completions of a group are one text; from sampling to the server, the journal and what trained."""
+    folder = copy(smoke.prepared, tmp_path)
+    roles = "run_online.sampling.roles=[{name: cold, count: 2, temperature: 1e-4}, {name: hot, count: 2}]"
+    succeeded(stage("run-online", folder, sets=(*QUICK, *ROLES[:1], roles, "run_online.steps=3")))
+    assert_every_label_has_its_votes(folder)
+    known, copies = state(folder), 0
+    with closing(Store(RunDir(folder).flow_store)) as store:
+        for group in known.groups.values():
+            texts = [completion.text for completion in group.sampled.completions]
+            assert group.item_id is not None
+            shown = [candidate.text for candidate in store.candidates(group.item_id)]
+            assert sorted(shown) == sorted({text.strip() for text in texts if text.strip()})
+            assert group.ranked is not None
+            if texts[0] == texts[1]:
+                copies += 1
+                wins = group.ranked.matrix().wins
+                assert not wins[1].any()
+                assert not wins[:, 1].any()
+                assert wins.sum() == len([v for v in store.votes(group.item_id) if v.counts and not v.late])
+    assert copies > len(known.groups) / 2
+    assert len(known.steps) == 3
 
 
 def test_who_chooses_the_best_has_to_be_trained_first(smoke: Smoke, tmp_path: Path) -> None:
