@@ -216,6 +216,34 @@ def test_a_policy_that_has_not_moved_has_ratio_one_and_clips_nothing(
     assert trainer.step_metrics["train/clip_frac"] == 0
 
 
+@pytest.mark.parametrize("given", [{"algorithm": "dpo"}, {"algorithm": "grpo"}, {"algorithm": "rloo", "loss": "cispo"}])
+@each_kind
+def test_low_precision_trains_with_the_ratios_of_its_own_sampling(
+    recipe: MakeRecipe, tiny: str, tmp_path: Path, kind: str, given: dict[str, Any]
+) -> None:
+    """Products in bfloat16, sampled by a bfloat16 copy: the weights stay float32, and a ratio starts at 1."""
+    plan = learning(recipe, given, kind, steps=2)
+    plan = plan.model_copy(
+        update={"compute": plan.compute.model_copy(update={"precision": "bf16", "generator_precision": "bf16"})}
+    )
+    policy = Policy(tiny, plan)
+    before, measured = weights(policy.model), list[dict[str, float]]()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            measured.append(trainer.step_metrics)
+
+    trainer = learner(policy, plan, tmp_path, living(policy, plan, 0), [Look()])
+    trainer.resume(None)
+    assert not same(before, weights(policy.model))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert len(measured) == 2
+    for row in measured:
+        assert all(math.isfinite(value) for value in row.values())
+        if given["algorithm"] != "dpo":  # each step is on groups that the policy as it is has sampled
+            assert row["train/ratio_mean"] == pytest.approx(1, abs=0.02)
+
+
 def test_trl_asks_our_forward_pass_for_entropies_too(recipe: MakeRecipe, tiny: str, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
 
