@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import queue
 from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from rlhf_cli.journal.events import Event, GroupRanked, RewardModelRefreshed, Vo
 from rlhf_cli.journal.journal import Entry
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.journal.run_dir import RunDir, write_atomic
-from rlhf_cli.policy.heads import HEADS, Array, Heads, VotedFeatures
-from rlhf_cli.policy.scoring import RewardModel
+from rlhf_cli.policy.heads import HEADS, Array, Heads, VotedFeatures, save_heads
+from rlhf_cli.policy.scoring import RewardModel, weights_version, write_about
 from rlhf_cli.recipe.online import Refresh
 from rlhf_cli.types import Group, WinMatrix
 
@@ -49,6 +50,15 @@ class LiveModel:
     def features(self, groups: Sequence[Group]) -> list[Array]:
         """What the heads read of the completions of each group, shape (G, H)."""
         return self.model.features([(g.prompt.messages, [c.text for c in g.completions]) for g in groups])
+
+    def save(self, folder: Path) -> None:
+        """Write the version in use as a whole model; this one cannot score any more."""
+        self.heads.put_into(self.model.model)
+        if len(self.heads.weight) > 1:
+            save_heads(self.model.model, folder)
+        self.model.model.save_pretrained(folder)
+        self.model.tokenizer.save_pretrained(folder)
+        write_about(folder, replace(self.model.about, version=weights_version(folder)))
 
 
 class Refresher:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 
 from rlhf_cli.feedback.hybrid import HybridFeedback
 from rlhf_cli.feedback.refresh import LiveModel, Refresher
@@ -16,7 +18,7 @@ from rlhf_cli.learner.refit import refit_heads
 from rlhf_cli.policy.scoring import RewardModel
 from rlhf_cli.stages.rewards import reward_model
 from rlhf_cli.stages.selection import affords, chooser_of
-from rlhf_cli.stages.session import Session
+from rlhf_cli.stages.session import Session, put_in_place
 
 AskPeople = Callable[[Callable[[Event], object]], AbstractContextManager[VotesFeedback]]
 """Reaches people for the length of a block; takes what their events are journalled with."""
@@ -24,7 +26,10 @@ AskPeople = Callable[[Callable[[Event], object]], AbstractContextManager[VotesFe
 
 @contextmanager
 def hybrid_of(session: Session, state: RunState, ask_people: AskPeople) -> Iterator[HybridFeedback]:
-    """The reward model of the run for all groups, people for some, and a refit on what they said."""
+    """The reward model of the run for all groups, people for some, and a refit on what they said.
+
+    At the end of the run its last version is left in `online/reward_model/model`, where it is not the first.
+    """
     recipe, online, run = session.recipe, session.recipe.run_online, session.run
     assert online is not None
     model = reward_model(session)
@@ -54,3 +59,8 @@ def hybrid_of(session: Session, state: RunState, ask_people: AskPeople) -> Itera
         )
         hybrid.resume(state, read(session.journal.path))
         yield hybrid
+    if live.version > 1:
+        run.reward_model_versions.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=run.reward_model_versions) as scratch:
+            live.save(Path(scratch) / "model")
+            put_in_place(Path(scratch) / "model", run.reward_model_versions / "model")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_cli.feedback.refresh import LiveModel
 from rlhf_cli.policy.heads import Heads, fresh_heads, get_head, save_heads
 from rlhf_cli.policy.load import load_tokenizer
 from rlhf_cli.policy.scoring import About, RewardModel, load_reward_model, open_reward_model, write_about
@@ -60,3 +61,19 @@ def test_an_ensemble_from_disk_has_as_many_heads(tiny: str, tmp_path: Path) -> N
     heads = Heads.of(opened.model)
     assert heads.weight.shape[0] == 4
     assert heads.rewards(opened.features(TEXTS)[0]) == pytest.approx(opened.rewards(TEXTS)[0], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_refitted_model_can_be_saved_as_a_whole(tiny: str, tmp_path: Path, heads: int) -> None:
+    opened = open_reward_model(tiny)
+    assert isinstance(opened, RewardModel)
+    opened.about = About(temperature=0.5, ensemble=heads if heads > 1 else None)
+    live = LiveModel(opened)
+    live.heads = Heads(np.random.default_rng(0).normal(size=(heads, live.first.weight.shape[1])), np.zeros(heads))
+    wanted = live.heads.rewards(opened.features(TEXTS)[0])
+    live.save(tmp_path)
+    whole = open_reward_model(str(tmp_path))
+    assert isinstance(whole, RewardModel)
+    assert whole.rewards(TEXTS)[0] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert whole.about.temperature == 0.5
+    assert whole.about.version

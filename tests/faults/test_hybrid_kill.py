@@ -84,6 +84,16 @@ def test_hybrid_feedback_trains_on_both_and_the_model_keeps_up(smoke: Smoke, tmp
             assert scored.scores is not None
             assert event.scores == pytest.approx(scored.scores.tolist(), abs=1e-4)
 
+    kept = run.reward_model_versions / "model"
+    assert kept.is_dir() == (known.refreshed[-1].version > 1)
+    if kept.is_dir():
+        whole, texts = open_reward_model(str(kept)), ["a an e", "zt", ""]
+        assert isinstance(whole, RewardModel)
+        group = next(iter(known.groups.values())).sampled.group()
+        rewards = live.heads.rewards(model.features([(group.prompt.messages, texts)])[0]).mean(1)
+        assert whole.score(group.prompt.messages, texts) == pytest.approx(rewards.tolist(), abs=1e-4)
+        assert whole.about.temperature == model.about.temperature
+
 
 @pytest.mark.parametrize(
     ("after", "number"),
