@@ -10,7 +10,10 @@ from typing import Any
 from rlhf_cli.journal.events import Event, GroupSampled
 from rlhf_cli.live.lines import Lines
 
-_TOKENS: dict[str, Any] = {"prompt_ids": True, "completions": {"__all__": {"token_ids", "logps", "ref_logps", "start_logp"}}}
+_TOKENS: dict[str, Any] = {
+    "prompt_ids": True,
+    "completions": {"__all__": {"token_ids", "logps", "ref_logps", "start_logp"}},
+}
 
 
 class JsonLines(Lines):
