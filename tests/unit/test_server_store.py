@@ -11,6 +11,7 @@ from flow_world import SPEC, Clock, World, open_item, take
 
 from rlhf_cli.errors import RunDamaged
 from rlhf_cli.flow.base import ItemState, Responses
+from rlhf_cli.flow.wire import CastSegment
 from rlhf_cli.server.problems import Problem
 from rlhf_cli.server.store import LEASE_S, Once, Store
 
@@ -211,6 +212,33 @@ def test_a_file_that_is_no_store_or_too_new_is_refused_untouched(tmp_path: Path)
     connection.close()
     with pytest.raises(RunDamaged, match="newer version"):
         Store(newer)
+
+
+def test_the_votes_of_a_server_from_before_there_were_marks_stay_as_they_are(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "server.sqlite"
+    old = Store(path, clock=clock)
+    rater = old.tokens.add("rater", "ada")[0]
+    flow_id, dataset_id = old.create_flow("f", "?", Responses(1, 2, 2)), old.create_dataset("d")
+    for i, text in enumerate(("one", "two")):
+        old.add_datapoint(dataset_id, i, text)
+    item_id = old.create_item(flow_id, dataset_id, "Why?", 600)
+    pair = old.lease(rater)
+    assert pair is not None
+    old.vote(pair.id, rater, "left", 700)
+    before = old.votes(item_id)
+    old.close()
+    connection = sqlite3.connect(path)
+    connection.executescript("DROP TABLE segments; PRAGMA user_version = 3;")
+    connection.close()
+
+    store = Store(path, clock=clock)
+    assert store.votes(item_id) == before
+    other = store.tokens.add("rater", "bo")[0]
+    pair = store.lease(other)
+    assert pair is not None
+    assert store.vote(pair.id, other, "right", segments=[CastSegment(side="left", start=0, end=3, good=True)])
+    assert [len(vote.segments) for vote in store.votes(item_id)] == [0, 1]
+    store.close()
 
 
 def test_a_failed_transaction_leaves_nothing_behind(world: World) -> None:
