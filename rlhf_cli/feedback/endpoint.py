@@ -134,8 +134,10 @@ class Endpoint:
         except TimeoutError as error:
             raise _Failed(f"no whole answer within {self._patience.attempt_s:g} s") from error
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise FlowRefused(f"TLS to {self._url} failed ({error}). Check the address and the clock.") from error
             raise _Down(f"{type(error).__name__}: {self._shown(str(error))}") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # also a body that cannot be decoded
             raise _Failed(f"{type(error).__name__}: {self._shown(str(error))}") from error
         status = response.status_code
         said = f"answered {status}: {self._shown(content.decode('utf-8', 'replace'))}"

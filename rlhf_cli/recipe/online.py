@@ -14,6 +14,15 @@ def _is_loopback(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
+def _check_address(url: str) -> None:
+    try:
+        fine = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:  # a port that is none
+        fine = False
+    if not fine:
+        raise problem("is no address such as https://api.example.org/v1", "url")
+
+
 def _not_in_the_open(url: str) -> None:
     """Raise where a secret would be sent without encryption."""
     if url.startswith("http:") and not _is_loopback(url):
@@ -220,6 +229,8 @@ class Function(Section):
             raise problem("name either a file or a url", "file", "url")
         if self.file is not None and self.token_env is not None:
             raise problem("a token is for a url, and this is a file", "token_env")
+        if self.url is not None:
+            _check_address(self.url)
         if self.url is not None and self.token_env is not None:
             _not_in_the_open(self.url)
         return self
@@ -254,6 +265,7 @@ class Judge(Section):
         missing = [name for name in ("{prompt}", "{a}", "{b}") if name not in self.prompt]
         if missing:
             raise problem(f"the prompt has no {' and no '.join(missing)} in it", "prompt")
+        _check_address(self.url)
         if self.key_env is None and not _is_loopback(self.url):
             raise problem("missing key 'key_env': only a judge at a loopback address is asked without a key", "url")
         if self.key_env is not None:

@@ -307,6 +307,7 @@ def test_a_fault_that_passes_costs_nothing(fault: Callable[[], Response]) -> Non
     [
         (lambda: fails(500), "answered 500", 4),
         (cut_off, "RemoteProtocolError", 4),
+        (lambda: Response(b"oops", headers={"Content-Encoding": "gzip"}), "DecodingError", 4),
         (lambda: fails(422), "answered 422", 1),
         (lambda: Response(b"<html>"), "is not what was asked for", 1),
         (lambda: JSONResponse({"score": [[1, 2]]}), "scores: Field required", 1),

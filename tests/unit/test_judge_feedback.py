@@ -367,3 +367,18 @@ def test_fewer_pairs_still_compare_every_completion_with_every_other_through_a_c
         met[i, j] = met[j, i] = True
     assert len(set(components(met).tolist())) == 1
     assert list(pairs_of(size, most, random.Random(seed))) == list(chosen)
+
+
+@pytest.mark.parametrize(
+    ("source", "people"),
+    [
+        ("item:7", True),
+        ("recorded:abc/item:7", True),
+        ("judge:item:7", False),
+        ("judge:org/item:7", False),
+        ("recorded:abc/judge:org/item:7", False),
+    ],
+)
+def test_a_judge_is_not_people_whatever_its_model_is_called(source: str, people: bool) -> None:
+    ranked = GroupRanked(group_id="g", source=source, wins=((0, 1), (0, 0)), latency_s=0, complete=True)
+    assert ranked.by_people == people

@@ -375,6 +375,8 @@ def test_groups_hold_two_to_sixteen_completions(size: int) -> None:
         ("steps: 3", "steps: 3\n  feedback: judge", "22:3: run_online.feedback: judge feedback needs the section `judge`"),
         ("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: https://a.example/v1, model: m}", "23:11: run_online.judge.url: missing key 'key_env'"),
         ("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: http://a.example/v1, model: m, key_env: K}", "23:11: run_online.judge.url: a secret would be readable"),
+        ("steps: 3", "steps: 3\n  feedback: function\n  function: {url: 'http://a.example:99999'}", "23:14: run_online.function.url: is no address"),
+        ("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: 'http://:80/v1', model: m}", "23:11: run_online.judge.url: is no address"),
         ("steps: 3", "steps: 3\n  feedback: function\n  function: {url: http://a.example/v1, token_env: K}", "23:14: run_online.function.url: a secret would be readable"),
         ("last_layers: 8", "lora: {}\n  last_layers: 8", "6:3: model.last_layers: last_layers and lora exclude each other"),
         ("path: smollm2-135m", "from_scratch: {hidden: 10}", "4:18: model.from_scratch.hidden: hidden (10) is not a multiple of heads (4)"),
