@@ -15,8 +15,19 @@ from recipe_files import write_rows
 from synthetic_run import make_run
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.journal.journal import read
+from rlhf_cli.journal.events import (
+    CompletionRecord,
+    GroupRanked,
+    GroupSampled,
+    GroupSetAside,
+    ItemEnded,
+    RunStarted,
+    StageStarted,
+    VotesLate,
+)
+from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.replay import replay
+from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.journal.votes import read_run_votes
 from rlhf_cli.recipe.data import read_voted_groups
 from rlhf_cli.recipe.rows import Wrong
@@ -171,16 +182,61 @@ def test_what_votes_export_wrote_has_one_source(tmp_path: Path) -> None:
     assert {g.source for g in read_rows(tmp_path, *rows)} == {"votes"}
 
 
-def test_every_group_that_people_ranked_in_a_run_comes_back_with_its_votes(tmp_path: Path) -> None:
+def test_every_group_that_people_voted_on_in_a_run_comes_back_with_all_their_votes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    ranked = [g for g in replay(read(run.journal)).groups.values() if g.ranked is not None]
+    voted = [g for g in replay(read(run.journal)).groups.values() if g.ranked is not None or g.late or g.ended]
     groups = read_run_votes(run.path)
 
-    assert len(ranked) > 10
-    assert [g.wins for g in groups] == [g.ranked.matrix() for g in ranked if g.ranked is not None]
-    assert [g.completions for g in groups] == [tuple(c.text for c in g.sampled.completions) for g in ranked]
+    assert len(voted) > 10
+    assert [g.completions for g in groups] == [tuple(c.text for c in g.sampled.completions) for g in voted]
+    for group, known in zip(groups, voted, strict=True):
+        late = sum(event.matrix().votes for event in known.late)
+        assert group.wins.votes == (known.ranked.matrix().votes if known.ranked else 0) + late
     assert {g.source for g in groups} == {"kind-everyday"}
-    assert groups[0].where == f"run/{ranked[0].sampled.group_id}"
+    assert groups[0].where == f"run/{voted[0].sampled.group_id}"
+
+
+def test_votes_that_no_step_could_use_are_still_data_for_a_reward_model(tmp_path: Path) -> None:
+    """Each once: `late` comes after the decision, `dropped` was set aside, `model` was decided in people's place."""
+    first, more = ((0.0, 2.0), (1.0, 0.0)), ((0.0, 0.0), (3.0, 0.0))
+    records = tuple(CompletionRecord(text=t, token_ids=(1,), logps="", ref_logps="", ended=True) for t in "ab")
+
+    def sampled(name: str, index: int) -> GroupSampled:
+        return GroupSampled(
+            group_id=name,
+            index=index,
+            prompt_id=name,
+            messages=(("user", name),),
+            prompt_ids=(1,),
+            completions=records,
+            policy_step=0,
+        )
+
+    def ranked(name: str, source: str) -> GroupRanked:
+        return GroupRanked(group_id=name, source=source, wins=first, latency_s=1.0, complete=True)
+
+    with Journal.open(RunDir(tmp_path).create().journal) as journal:
+        for event in (
+            RunStarted(run_id="r", name="n", seed=1, version="0"),
+            StageStarted(stage="run-online", fingerprint="f", attempt=1),
+            *(sampled(name, n) for n, name in enumerate(["late", "dropped", "model", "twice", "none"])),
+            ranked("late", "item:1"),
+            VotesLate(group_id="late", item_id="1", wins=more),
+            ItemEnded(group_id="dropped", item_id="2", state="Incomplete", votes=3, wins=first),
+            GroupSetAside(group_id="dropped", reason="3 of 8 votes"),
+            VotesLate(group_id="dropped", item_id="2", wins=more),
+            ranked("model", "reward_model:v1"),
+            ItemEnded(group_id="twice", item_id="4", state="Incomplete", votes=3, wins=first),
+            ranked("twice", "item:4+5"),  # of both items, the one before among them
+            GroupSetAside(group_id="none", reason="degenerate: all completions are empty"),
+        ):
+            journal.append(event)
+    both = [[0.0, 2.0], [4.0, 0.0]]
+    assert {g.prompt[0].content: g.wins.wins.tolist() for g in read_run_votes(tmp_path)} == {
+        "late": both,
+        "dropped": both,
+        "twice": [list(row) for row in first],
+    }
 
 
 def test_a_run_without_votes_is_refused(tmp_path: Path) -> None:
