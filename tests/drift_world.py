@@ -120,9 +120,7 @@ class Topical(RewardModel):
             self.model.score.weight.copy_(torch.from_numpy(np.tile(taste.weight, len(TOPICS))[None]))
 
     def features(self, texts: Sequence[Text]) -> list[Array]:
-        return [
-            placed(topic(Prompt("", tuple(messages))), qualities(completions)) for messages, completions in texts
-        ]
+        return [placed(topic(Prompt("", tuple(messages))), qualities(completions)) for messages, completions in texts]
 
 
 @dataclass

@@ -75,8 +75,8 @@ class Rise:
     z: float
     before: float
     now: float
-    first: int
-    """Place of the first new group among all that people decided."""
+    last: int
+    """Place of the last group before it, among all that people decided."""
 
 
 class DriftWatch:
@@ -211,7 +211,7 @@ class DriftWatch:
             before=rise.before,
             now=rise.now,
             groups=self.drift.round_groups,
-            outdated=tuple(seen.group_id for seen in self._seen[: rise.first] if seen.cluster == cluster),
+            outdated=tuple(seen.group_id for seen in self._seen[: rise.last + 1] if seen.cluster == cluster),
         )
         self._begin(found)
         self._say(
@@ -263,5 +263,5 @@ class DriftWatch:
             rise = float(now_K.mean() - before_K.mean())
             z = rise / float(np.sqrt(variance * (1 / k + 1 / len(now_K))))
             if best is None or z > best.z:
-                best = Rise(z, float(before_K.mean()), float(now_K.mean()), places[k])
+                best = Rise(z, float(before_K.mean()), float(now_K.mean()), places[k - 1])
         return best
