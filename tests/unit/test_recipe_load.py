@@ -396,7 +396,6 @@ def test_groups_hold_two_to_sixteen_completions(size: int) -> None:
         ("service: embedded", "service: rapidata", "19:3: flow.crowd: simulated raters vote only on the embedded service"),
         ("  crowd: {raters: 10}\n", "", "15:3: flow.service: the embedded service needs simulated raters"),
         ("  heldout_prompts: heldout.jsonl\n", "", "26:1: eval: needs data.heldout_prompts"),
-        ("steps: 3", "steps: 3\n  feedback: hybrid", "22:3: run_online.feedback: `hybrid` feedback is not there yet in this version; use votes or reward_model"),
         ("algorithm: dpo", "algorithm: grpo, loss: dapo, ratio: sequence", "24:42: run_online.learner.ratio: dapo weighs tokens, so a ratio of whole completions needs loss grpo"),
         ("algorithm: dpo", "algorithm: rloo, loss: ipo", "24:30: run_online.learner.loss: rloo has grpo, dr_grpo, dapo, bnpo, cispo, not ipo"),
         ("hard_nats: 20}", "hard_nats: 20, on_hard: rollback}\n  keep_checkpoints: 1", "26:3: run_online.keep_checkpoints: a roll-back needs the checkpoint before the latest"),
