@@ -203,6 +203,16 @@ def _learning(axes: Axes, record: Record) -> None:
     axes.axhline(0.5, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), label="chance")
 
 
+def _update(axes: Axes, record: Record) -> None:
+    _line(axes, record, "train/loss", BLUE, "loss")
+
+
+def _moved(axes: Axes, record: Record) -> None:
+    _line(axes, record, "train/ratio_mean", BLUE, "probability against that of sampling")
+    _line(axes, record, "train/clip_frac", AMBER, "share clipped")
+    axes.axhline(1, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
+
+
 def _time(axes: Axes, record: Record) -> None:
     steps = [row["step"] for row in record.rows]
     parts = [("generate", BLUE), ("reference", VIOLET), ("wait", AMBER), ("train", GREEN), ("sync", GREY)]
@@ -223,12 +233,9 @@ CHARTS = (
     Chart("latency", "How long people take", ("flow/latency_p50_s", "flow/latency_p95_s", "flow/in_flight"), _latency),
     Chart("staleness", "Age of what trains", ("staleness/mean_steps", "staleness/max_steps"), _staleness),
     Chart("length", "Length of completions", ("length/mean_tokens", "length/ended_frac"), _length),
-    Chart(
-        "learning",
-        "Agreement with the votes",
-        ("train/accuracy", "train/loss", "train/grad_norm", "train/beta"),
-        _learning,
-    ),
+    Chart("learning", "Agreement with the votes", ("train/accuracy", "train/margin"), _learning),
+    Chart("update", "Updates", ("train/loss", "train/grad_norm", "train/beta", "train/entropy_nats"), _update),
+    Chart("moved", "How far what trains has moved", ("train/ratio_mean", "train/clip_frac"), _moved),
     Chart(
         "time",
         "Where the time goes",
