@@ -99,6 +99,27 @@ def test_ppo_keeps_the_model_whose_scores_it_climbs() -> None:
     assert (recipe.run_online.feedback, recipe.run_online.function) == ("reward_model", None)
 
 
+def test_with_hybrid_feedback_it_is_the_people_who_are_simulated() -> None:
+    recipe = rehearsed(online("hybrid", PEOPLE)).recipe
+    assert recipe.run_online is not None
+    assert recipe.run_online.feedback == "hybrid"
+    assert recipe.flow is not None
+    assert recipe.flow.service == "embedded"
+
+
+BUNDLED = [p for p in sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml")) if "run_online:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_every_bundled_recipe_of_the_loop_can_be_rehearsed(path: Path) -> None:
+    recipe = load_recipe(path, (), "own").recipe
+    assert recipe.run_online is not None
+    assert recipe.flow is not None
+    assert (recipe.flow.service, recipe.budget.usd) == ("embedded", None)
+    assert recipe.run_online.feedback in ("votes", "hybrid") or recipe.run_online.learner.algorithm == "ppo"
+    assert recipe.eval is None or recipe.eval.judge == "crowd"
+
+
 def test_the_resolved_recipe_says_what_was_simulated_and_is_a_recipe_itself() -> None:
     played = rehearsed(online(f"judge\n  {JUDGE}"), "brief")
     text = resolved_yaml(played)
