@@ -50,7 +50,6 @@ def gae(rewards_RT: Tensor, values_RT: Tensor, mask_RT: Tensor, gamma: float, ga
     Source: Schulman et al. (2016), "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
     eq. 16.
     """
-    values_RT = torch.where(mask_RT, values_RT, 0.0)
     advantages_RT = torch.zeros_like(values_RT)
     advantage_R = torch.zeros_like(values_RT[:, 0])
     next_value_R = torch.zeros_like(values_RT[:, 0])
