@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rlhf_cli.types import Completion, Group, Message, Prompt, RankedGroup, Segment, WinMatrix
 
-
 _BY_PEOPLE = re.compile(r"(recorded:[^/]*/)*item:")
 
 

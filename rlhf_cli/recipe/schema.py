@@ -272,7 +272,7 @@ class Crowd(Section):
     dropout: float = Field(0.02, ge=0, lt=1)
     """Share of tasks that a rater takes and never answers."""
     marks: float = Field(0.0, ge=0, le=1)
-    """Share of votes with which a rater marks what it likes and dislikes most, where `run_online.segments` asks for it."""
+    """Share of votes with which a rater marks what it likes and dislikes most, where `run_online.segments` is set."""
 
 
 class Flow(Section):
