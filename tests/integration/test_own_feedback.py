@@ -187,3 +187,26 @@ def test_a_rehearsal_asks_simulated_raters_and_nobody_else(
     resolved = yaml.safe_load(run.resolved.read_text())
     assert (resolved["flow"]["service"], resolved["flow"]["crowd"]["taste"]) == ("embedded", "letters")
     assert resolved["run_online"]["feedback"] == "votes"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["function", "judge"])
+def test_learners_that_climb_scores_learn_from_a_function_with_gaps_and_from_a_judge(
+    tmp_path: Path, tiny: str, judge: Endpoint, monkeypatch: pytest.MonkeyPatch, algorithm: str, kind: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    (tmp_path / "gaps.py").write_text(
+        "def score(groups):\n"
+        "    return [[None, *map(len, one['completions'][1:])] if n % 2 else list(map(len, one['completions']))\n"
+        "            for n, one in enumerate(groups)]\n"
+    )
+    function = {"feedback": "function", "function": {"file": str(tmp_path / "gaps.py")}}
+    online = function if kind == "function" else by_judge(judge)
+    learner = {"learner": {"algorithm": algorithm, "learning_rate": 1e-3}}
+    file = write(tmp_path, tiny, run_online={**online, **learner})
+    result = succeeded(rlhf("run-online", file, "--run-dir", tmp_path / "run", "--json"))
+    assert result["steps"] == 2
+    known = state(tmp_path / "run")
+    trained = [known.groups[name] for event in known.steps.values() for name in event.group_ids]
+    assert len(trained) == 4
+    assert all(g.ranked is not None and g.ranked.source in ("function:score", "judge:m") for g in trained)
