@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rlhf_cli.learner.batch import Batch
-from rlhf_cli.learner.groups import right_aligned
-from rlhf_cli.learner.losses import entropy_by_rows
+from rlhf_cli.learner.groups import by_group, right_aligned, stack_wins
+from rlhf_cli.learner.losses import entropy_by_rows, vote_agreement
 from rlhf_cli.learner.scores import group_advantages, group_scores
 from rlhf_cli.learner.stream_trainer import StreamTrainer, online_settings, placeholder
 from rlhf_cli.policy.generate import chosen_logps, completion_logits, pack
@@ -66,7 +66,9 @@ class GroupGradientTrainer(StreamTrainer, GRPOTrainer):
             logits_RTV, mask_RT = completion_logits(model, **inputs)
         logp_RT = chosen_logps(logits_RTV, inputs["ids_BT"]) * mask_RT
         entropy_RT = entropy_by_rows(logits_RTV)
-        old_logp_RT = right_aligned([c.logps for c in completions], device)
+        old_logp_RT, ref_logp_RT = (
+            right_aligned(rows, device) for rows in ([c.logps for c in completions], [c.ref_logps for c in completions])
+        )
         self._forward = logp_RT, entropy_RT, None
         self.beta = beta  # TRL reads it in the loss; ours may change from step to step
         tokens, all_tokens = _tokens(completions), _tokens(_completions(whole))
@@ -79,19 +81,21 @@ class GroupGradientTrainer(StreamTrainer, GRPOTrainer):
                 "completion_mask": mask_RT.long(),
                 "advantages": torch.tensor(self._advantages(part), dtype=torch.float32, device=device),
                 "old_per_token_logps": old_logp_RT,
-                "ref_per_token_logps": right_aligned([c.ref_logps for c in completions], device),
+                "ref_per_token_logps": ref_logp_RT,
                 "num_items_in_batch": torch.tensor(float(all_tokens), device=device),
             },
         )
-        ratio_RT = (logp_RT.detach() - old_logp_RT).exp()
-        measured = {
-            "train/entropy_nats": float(entropy_RT[mask_RT].mean()),
-            "train/ratio_mean": float(ratio_RT[mask_RT].mean()),
-        }
         theirs = self._metrics["train"]
-        measured |= {ours: theirs[name][-1] for name, ours in _FIGURES.items() if name in theirs}
+        measured = {ours: theirs[name][-1] for name, ours in _FIGURES.items() if name in theirs}
         theirs.clear()
-        self.figures.add(tokens, measured)
+        with torch.no_grad():
+            measured["train/entropy_nats"] = float(entropy_RT[mask_RT].mean())
+            measured["train/ratio_mean"] = float((logp_RT - old_logp_RT).exp()[mask_RT].mean())
+            self.figures.add(tokens, measured)
+            wins_BGG, is_completion_BG = stack_wins([g.wins for g in part], device)
+            ahead_BG = by_group((logp_RT - ref_logp_RT).sum(1), is_completion_BG)
+            agreed = float(vote_agreement(ahead_BG, wins_BGG))
+            self.figures.add(float(wins_BGG.sum()), {"train/accuracy": agreed})
         return loss * self._share(len(completions) / len(_completions(whole)), tokens / all_tokens)
 
     def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:

@@ -199,6 +199,7 @@ def test_the_gradient_of_grpo_and_rloo_is_that_of_the_formula(
     measured = trainer.step_metrics
     assert 0 < measured["train/entropy_nats"] < 10
     assert measured["train/kl_token_nats"] > 0
+    assert 0 <= measured["train/accuracy"] <= 1
     if given.get("ratio") != "sequence":
         assert measured["train/ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
 
