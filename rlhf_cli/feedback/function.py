@@ -11,8 +11,10 @@ import queue
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +32,8 @@ Asked = dict[str, Any]
 """One group as the function sees it: `prompt` (the last turn of the user), `messages` (all turns), `completions`."""
 Score = Callable[[list[Asked]], Any]
 
+LATEST = 64
+"""Groups that the mean score in the metrics is over."""
 AT_ONCE = 4
 """Calls of an endpoint in flight; a Python function is called by one at a time, in one thread, always the same."""
 
@@ -86,9 +90,11 @@ class FunctionFeedback(InBackground, ABC):
         self._source, self._batch, self._at_once = source, batch, at_once
         self._penalty, self._all_scores = penalty, all_scores
         self._calls = 0
+        self._latest: deque[float] = deque(maxlen=LATEST)
+        self._mean: dict[str, float] = {}
 
     def status(self) -> dict[str, float]:
-        return {**super().status(), "function/calls_total": float(self._calls)}
+        return {**super().status(), "function/calls_total": float(self._calls), **self._mean}
 
     @abstractmethod
     async def _call(self, groups: list[Asked]) -> Any:
@@ -132,6 +138,8 @@ class FunctionFeedback(InBackground, ABC):
                 self._set_aside(one, f"{self._source}: {error}")
             else:
                 complete = None not in scores
+                self._latest.append(fmean(score for score in scores if score is not None))
+                self._mean = {"function/score_mean": fmean(self._latest)}
                 self._rank(one, self._source, wins_of(scores), complete=complete, scores=scores if complete else None)
 
 

@@ -98,6 +98,7 @@ METRICS: dict[str, Metric] = {
     "flow/requests_total": Metric("requests", "requests", "Requests sent to the service.", ".0f"),
     "flow/retries_total": Metric("retries", "requests", "Attempts of calls after their first.", ".0f"),
     "function/calls_total": Metric("calls", "", "Calls of your function or endpoint in this process.", ".0f"),
+    "function/score_mean": Metric("score", "", "Mean of your scores in the latest 64 groups.", ".3f"),
     "judge/requests_total": Metric("requests", "", "Sent to the judge by this process, repetitions included.", ".0f"),
     "judge/usd": Metric("judge's cost", "USD", "Of all its answers in this run folder.", ".4f"),
     "judge/usd_per_group": Metric("per group", "USD", "Mean cost of a group, answers from disk included.", ".5f"),

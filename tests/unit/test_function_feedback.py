@@ -90,6 +90,7 @@ def test_a_completion_without_a_label_has_no_vote_and_the_others_are_ranked() ->
     with python(lambda groups: [[1, None, np.float32(0.5)] for _ in groups]) as asked:
         asked.submit(one)
         ranked = asked.ranked(one)
+        assert asked.feedback.status()["function/score_mean"] == 0.75  # of those that there are
     assert ranked.wins.wins.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert ranked.scores is None
     assert not ranked.complete
