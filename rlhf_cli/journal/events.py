@@ -232,7 +232,7 @@ class ItemStopped(_Event):
 
 
 class VotesLate(_Event):
-    """Votes that came after their group was decided: paid for and kept, never trained on."""
+    """Votes that came after their group was decided: no policy step learns from them, a reward model may."""
 
     type: Literal["votes_late"] = "votes_late"
     group_id: str

@@ -58,6 +58,8 @@ def plan(loaded: LoadedRecipe, path: Path) -> dict[str, Any]:
             "steps": recipe.run_online.steps,
             "groups": groups,
             "completions": groups * recipe.run_online.group_size,
+            "sampled": groups
+            * sum(r.best_of for r in recipe.run_online.sampling.of_group(recipe.run_online.group_size)),
             "rounds_of_prompts": groups / document["data"]["prompts"],
             **(_votes(recipe, _for_people(recipe.run_online, groups), again) if asks_online else {}),
             **(_judge(recipe, groups, recipe.run_online.group_size) if recipe.run_online.feedback == "judge" else {}),

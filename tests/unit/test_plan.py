@@ -66,6 +66,13 @@ def test_simulated_raters_cost_nothing_and_their_pace_is_known() -> None:
     assert said["time"]["voting_longest_s"] == 60  # all 24 groups are out at once, for their time to live
 
 
+def test_candidates_that_nobody_will_see_are_counted_too() -> None:
+    roles = "[{name: main, count: 3}, {name: best, count: 1, best_of: 5}]"
+    said = plan(RECIPE.replace("temperature: [1.0, 0.7], ", f"roles: {roles}, "))["run_online"]
+    assert (said["completions"], said["sampled"]) == (24 * 4, 24 * (3 + 5))
+    assert plan()["run_online"]["sampled"] == 24 * 4
+
+
 def test_a_group_that_is_asked_about_again_may_cost_more() -> None:
     said = plan(RECIPE.replace("steps: 3", "steps: 3\n  incomplete: resubmit_once"))
     assert said["run_online"]["votes"] == {"min": 24 * 4, "expected": 24 * 6, "max": 24 * (3 + 8)}
