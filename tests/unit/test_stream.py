@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -315,3 +316,48 @@ def test_a_repeated_step_has_the_very_same_groups_and_beta() -> None:
     again = train(stream(plan, disk, People(disk)), disk, from_step=1)
     assert again == first[1:]
     assert [b.beta for b in again] == [pytest.approx(0.4)] * 2
+
+
+# --- groups that nobody could learn from
+
+
+class Parrot(Writer):
+    """Says the same in every completion of some groups."""
+
+    def __init__(self, same: list[bool]) -> None:
+        super().__init__()
+        self.same = same
+
+    def sample_groups(self, *given: Any, **named: Any) -> list[Group]:
+        made = super().sample_groups(*given, **named)
+        return [
+            replace(g, completions=tuple(replace(c, text="Yes.") for c in g.completions))
+            if self.same[g.index % len(self.same)]
+            else g
+            for g in made
+        ]
+
+
+@given(shape, answers, st.lists(st.booleans(), min_size=2, max_size=7).filter(lambda same: not all(same)))
+@settings(deadline=None)
+def test_nobody_is_asked_about_a_group_that_says_one_thing_and_another_takes_its_place(
+    online: dict[str, Any], looks: list[int], same: list[bool]
+) -> None:
+    disk, online = Disk(), {**online, "min_ready": None}
+    people = People(disk, latencies(looks))
+    running = stream(recipe(**online), disk, people, policy=Parrot(same))
+    batches = train(running, disk)
+    parroted = {event.group_id for event in sampled(disk) if same[event.index % len(same)]}
+    assert not parroted & set(people.asked)
+    assert {e.group_id for e in disk.of(GroupSetAside) if not e.reason.startswith("stale: ")} == parroted
+    assert running.unasked == len(parroted)
+    assert sum(len(batch.groups) for batch in batches) == online["steps"] * online["prompts_per_step"]
+    assert stream(recipe(**online), disk, People(disk)).unasked == len(parroted)  # a restart knows them
+
+
+def test_a_policy_that_only_ever_says_one_thing_ends_the_run_unasked() -> None:
+    disk = Disk()
+    people = People(disk)
+    with pytest.raises(Diverged, match=r"the last 20 groups all had to be set aside.*all completions say the same"):
+        train(stream(recipe(), disk, people, policy=Parrot([True])), disk)
+    assert people.asked == []
