@@ -102,6 +102,14 @@ def test_what_makes_no_sense_together_is_refused_at_its_place(changes: list[tupl
     assert said(found, beginning), "\n".join(found)
 
 
+def test_a_mistake_within_a_role_is_named_with_its_place_in_the_list() -> None:
+    assert problems([ROLE, ("count: 1, temperature: 0.7", "count: 1, temprature: 0.7, top_p: 2, best_of: 0")]) == [
+        "recipe.yaml:23:93: run_online.sampling.roles.1.temprature: unknown key; did you mean 'temperature'?",
+        "recipe.yaml:23:110: run_online.sampling.roles.1.top_p: must be at most 1, got 2",
+        "recipe.yaml:23:120: run_online.sampling.roles.1.best_of: must be at least 1, got 0",
+    ]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
