@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from rich.text import Text
 
-from rlhf_cli.journal.events import Event, FlowOpened, GroupRanked, StageFinished, StageStarted, StepTrained
+from rlhf_cli.journal.events import Event, FlowOpened, GroupRanked, RolledBack, StageFinished, StageStarted, StepTrained
 from rlhf_cli.text import one_line
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -57,6 +57,11 @@ class Seen:
                 self.ranked.append(event.matrix().votes)
             case StepTrained():
                 self.ranked.clear()
+            case RolledBack():
+                self.step = event.to_step
+                for series in (self.reward, self.kl):
+                    for step in [step for step in series if step > event.to_step]:
+                        del series[step]
             case _:
                 pass
 
@@ -149,6 +154,8 @@ def _reward(seen: Seen, width: int) -> Text:
     facts = f"  from {values[0]:.3f}"
     if (spread := noise(values)) is not None:
         facts += f"  noise \u00b1{spread:.3f}"
+    if controlled := _facts(seen.now, ("reward/length_controlled", "{:.3f} at equal length")):
+        facts += f"  {controlled}"
     return _row("reward", (sparkline(values, width // 4), "green"), (f"  {values[-1]:.3f}", "bold"), facts)
 
 
@@ -222,7 +229,13 @@ def _pace(seen: Seen, width: int) -> list[Text]:
     cost = _facts(
         now, ("cost/usd", "${:,.2f}"), ("budget/usd", "of ${:,.2f}"), ("budget/votes", "at most {:,.0f} votes")
     )
-    lines = [_row("age", age)] if age else []
+    length = _facts(
+        now,
+        ("length/mean_chars", "{:.0f} characters"),
+        ("length/ended_frac", "{:.0%} ended"),
+        ("length/reward_correlation", "{:+.2f} with the score"),
+    )
+    lines = [_row(name, facts) for name, facts in (("length", length), ("age", age)) if facts]
     if "time/step_s" in now:
         spent = [(name, now.get(f"time/{name}_s", 0.0), colour) for name, colour in _PARTS.items()]
         cells = width // 5 / max(now["time/step_s"], sum(s for _, s, _ in spent), 1e-9)

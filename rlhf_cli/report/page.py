@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from rlhf_cli.journal.metrics import METRICS
+from rlhf_cli.report.guards import ages_section, guards_section
 from rlhf_cli.report.markup import details, esc, facts, figure_of, interval_bar, known, section, table
 from rlhf_cli.report.plots import Chart
 from rlhf_cli.report.record import Record
@@ -45,6 +46,8 @@ def page(record: Record, charts: Sequence[tuple[Chart, str]]) -> str:
         _verdict(record),
         reward_model_section(record.honesty),
         _charts(record, charts),
+        guards_section(record),
+        ages_section(record),
         roles_section(record),
         samples_section(record),
         supervised_section(record),

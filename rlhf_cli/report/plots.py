@@ -141,6 +141,9 @@ def _reward(axes: Axes, record: Record) -> None:
     axes.plot(steps, values, color=BLUE, linewidth=0.9, alpha=0.5, marker="o", markersize=2.8, label="each step")
     if len(values) >= 5:
         axes.plot(steps, smooth(values), color=BLUE, linewidth=2.2, label="smoothed")
+    steps, values = _series(record, "reward/length_controlled")
+    if len(values) >= 5:
+        axes.plot(steps, smooth(values), color=AMBER, linewidth=1.6, label="at the length of the first step")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -227,12 +230,17 @@ def _time(axes: Axes, record: Record) -> None:
 
 
 CHARTS = (
-    Chart("reward", "Reward", ("reward/mean", "reward/std"), _reward),
+    Chart("reward", "Reward", ("reward/mean", "reward/length_controlled", "reward/std"), _reward),
     Chart("kl", "Distance from the reference", ("kl/sequence_nats", "kl/token_nats"), _kl),
     Chart("votes", "Votes", ("flow/votes_step", "flow/votes_total", "flow/votes_per_group", "cost/usd"), _votes),
     Chart("latency", "How long people take", ("flow/latency_p50_s", "flow/latency_p95_s", "flow/in_flight"), _latency),
     Chart("staleness", "Age of what trains", ("staleness/mean_steps", "staleness/max_steps"), _staleness),
-    Chart("length", "Length of completions", ("length/mean_tokens", "length/ended_frac"), _length),
+    Chart(
+        "length",
+        "Length of completions",
+        ("length/mean_tokens", "length/mean_chars", "length/ended_frac", "length/reward_correlation"),
+        _length,
+    ),
     Chart("learning", "Agreement with the votes", ("train/accuracy", "train/margin"), _learning),
     Chart("update", "Updates", ("train/loss", "train/grad_norm", "train/beta", "train/entropy_nats"), _update),
     Chart("moved", "How far what trains has moved", ("train/ratio_mean", "train/clip_frac"), _moved),

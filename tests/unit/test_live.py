@@ -17,6 +17,7 @@ from rlhf_cli.journal.events import (
     FlowOpened,
     GroupRanked,
     GroupSampled,
+    RolledBack,
     RunStopped,
     StageFinished,
     StageStarted,
@@ -399,3 +400,15 @@ def test_hidden_characters_are_named() -> None:
     assert visible("na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645") == (
         "na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
     )
+
+
+def test_after_a_roll_back_the_steps_that_were_given_up_are_gone_from_the_picture() -> None:
+    seen = Seen("run")
+    seen.event(StageStarted(stage="run-online", fingerprint="f"))
+    for step in range(1, 5):
+        seen.metrics(step, {"reward/mean": float(step), "kl/sequence_nats": 10.0 * step, "length/mean_chars": 40.0})
+    seen.event(RolledBack(guard="kl", value=40, limit=30, from_step=4, to_step=2, checkpoint=None, beta_scale=2))
+    assert (seen.step, sorted(seen.reward), sorted(seen.kl)) == (2, [1, 2], [1, 2])
+    text = "\n".join(line.plain for line in panel(seen, 100))
+    assert "20.00 nats" in text
+    assert "40 characters" in text

@@ -12,7 +12,15 @@ import pytest
 from synthetic_run import RECIPE, make_run
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.journal.events import RunStarted, RunStopped, StageFinished, StageStarted, StepTrained
+from rlhf_cli.journal.events import (
+    GuardTripped,
+    RolledBack,
+    RunStarted,
+    RunStopped,
+    StageFinished,
+    StageStarted,
+    StepTrained,
+)
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.metrics import METRICS, MetricsWriter, read_metrics
 from rlhf_cli.journal.replay import replay
@@ -305,3 +313,27 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_both_ends() -> None:
     assert smooth([0, 3, 6, 0, 3]) == [0, 3, pytest.approx(2.4), 3, 3]
+
+
+def test_the_report_tells_what_guards_did_and_how_old_the_votes_were(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=6)
+    with Journal.open(run.journal) as journal:
+        journal.append(GuardTripped(guard="length_growth", step=4, value=2.123, limit=2, action="note"))
+        journal.append(
+            RolledBack(guard="kl", value=21.5, limit=20, from_step=6, to_step=3, checkpoint=None, beta_scale=2)
+        )
+    page = Page(build_report(tmp_path).read_text())
+    assert "noted" in page.text
+    assert "2.12" in page.text
+    assert "rolled back to step 3, beta 2 times the recipe's from there on" in page.text
+    state = replay(read(run.journal))
+    assert sorted(state.steps) == [1, 2, 3]
+    trained = [group for group in state.groups.values() if group.step is not None]
+    oldest = max(group.step - 1 - group.sampled.policy_step for group in trained if group.step is not None)
+    ages = page.text[page.text.index("Age of every trained vote") :]
+    assert re.search(rf"share of votes(.*\D)?{oldest}\d", ages)
+
+
+def test_a_run_in_which_no_guard_tripped_has_no_word_about_them(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3)
+    assert "Limits of the recipe" not in Page(build_report(tmp_path).read_text()).text
