@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,33 @@ def test_a_version_is_published_only_if_it_agrees_no_less_with_votes_that_neithe
         assert len(fresh) >= 5
         assert len(event.heldout) == max(1, round(0.4 * len(fresh)))
         known = event.groups
+
+
+def learned_from(world: World) -> list[str]:
+    """Filled with the groups of every refit from here on."""
+    assert world.refresher is not None
+    refit, learned = world.refresher._refit, list[str]()
+
+    def noted(first: Heads, voted: Sequence[VotedFeatures], temperature: float) -> Heads:
+        learned[:] = [group(v.index).id for v in voted]
+        return refit(first, voted, temperature)
+
+    world.refresher._refit = noted
+    return learned
+
+
+def test_what_is_held_out_is_learned_from_only_when_it_is_no_longer_fresh(tmp_path: Path) -> None:
+    disk = Disk()
+    world = World(disk, tmp_path)
+    learned, before = learned_from(world), set[str]()
+    for upto in range(1, 60):
+        world.run(upto)
+        refits = disk.of(RewardModelRefreshed)
+        if refits and set(refits[-1].heldout) != before:
+            assert not set(refits[-1].heldout) & set(learned)
+            assert before <= set(learned)
+            before = set(refits[-1].heldout)
+    assert len(disk.of(RewardModelRefreshed)) > 2
 
 
 def test_a_refit_that_agrees_less_is_thrown_away(tmp_path: Path) -> None:
@@ -274,12 +302,14 @@ def test_a_round_that_ended_does_not_wait_for_as_many_groups_as_a_refit_else_nee
     world = World(disk, tmp_path, looks=1, refresh=Refresh(every_groups=1000), watch=watch)
     world.run(12)
     assert not disk.of(RewardModelRefreshed)
-    outdated = {next(event.group_id for event in disk.of(GroupRanked) if event.by_people)}
-    watch.outdated.update(outdated)
+    by_people = [event.group_id for event in disk.of(GroupRanked) if event.by_people]
+    watch.outdated.add(by_people[0])
     watch.refit_due = True
+    learned = learned_from(world)
     world.feedback.collect()
     (event,) = disk.of(RewardModelRefreshed)
-    assert not outdated & set(event.heldout)
+    assert len(event.heldout) >= 1
+    assert sorted([*learned, *event.heldout, by_people[0]]) == sorted(by_people)
     assert not watch.refit_due
     world.feedback.collect()
     assert len(disk.of(RewardModelRefreshed)) == 1
