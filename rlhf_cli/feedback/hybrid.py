@@ -16,7 +16,7 @@ from rlhf_cli.feedback.refresh import LiveModel, Refresher, agreed_votes
 from rlhf_cli.feedback.reward_model import NOT_FINITE, model_ranked
 from rlhf_cli.feedback.scores import Scored
 from rlhf_cli.feedback.selection import Asked, Chooser
-from rlhf_cli.journal.events import Event, GroupChosen, GroupSetAside, RewardModelRefreshed, RoundEnded
+from rlhf_cli.journal.events import Event, GroupChosen, GroupSetAside
 from rlhf_cli.journal.journal import Entry
 from rlhf_cli.journal.replay import RunState
 from rlhf_cli.types import Group, RankedGroup, Unranked, WinMatrix
@@ -91,13 +91,8 @@ class HybridFeedback:
                 self._compare(known.chosen.scores, known.ranked.matrix())
         self._chooser.resume(states)
         if self._watch is not None:
-            follows = self._watch.resume(state)
-            for event in follows:
+            for event in self._watch.resume(state):
                 self._journal(event)
-            ended = max((seq for seq, event in state.drift if isinstance(event, RoundEnded)), default=-1)
-            refits = (entry.seq for entry in entries if isinstance(entry.event, RewardModelRefreshed))
-            if not follows and max(refits, default=-1) > ended:
-                self._watch.refit_due = False  # what the round asked for was done
         by_people = {s.sampled.group_id for s in states if not s.open or (s.chosen is not None and s.chosen.people)}
         for known in states:
             if known.open and known.chosen is not None and known.chosen.people:
