@@ -31,6 +31,7 @@ from rlhf_cli.journal.events import (
     GroupRanked,
     GroupSampled,
     GroupSubmitted,
+    RolledBack,
     StepTrained,
 )
 from rlhf_cli.journal.replay import replay
@@ -141,3 +142,37 @@ def test_after_a_kill_in_eval_no_comparison_is_bought_twice(smoke: Smoke, tmp_pa
     server.close()
     paid = {group.item_id for group in known.groups.values()}
     assert {item.id for item in items} - before == paid - {None}
+
+
+def test_a_roll_back_that_a_kill_cut_short_is_finished_and_ends_what_people_still_vote_on(
+    smoke: Smoke, tmp_path: Path
+) -> None:
+    """The event was on disk, and nothing else had been done about it."""
+    folder, sets = copy(smoke.prepared, tmp_path), (*SETS, "run_online.max_in_flight=4")
+    killed(folder, sets, after=GroupSubmitted, number=20)  # those that the policy after step 4 sampled
+    with journal.Journal.open(RunDir(folder).journal) as book:
+        path = "online/checkpoints/step-000003"
+        book.append(RolledBack(guard="kl", value=9, limit=8, from_step=4, to_step=3, checkpoint=path, beta_scale=2))
+    before = state(folder)
+    void = [group for group in before.groups.values() if group.void]
+    assert {group.sampled.policy_step for group in void} == {4}
+    assert sorted(before.steps) == [1, 2, 3]
+
+    succeeded(stage("run-online", folder, "--resume", sets=sets))
+
+    known = state(folder)
+    assert sorted(known.steps) == [1, 2, 3, 4, 5, 6]
+    assert [known.steps[step].beta for step in (3, 4, 6)] == [0.1, 0.2, 0.2]
+    server = Store(RunDir(folder).flow_store)
+    try:
+        assert known.flow is not None
+        _, items = server.items(known.flow.flow_id, 0, 10_000, newest_first=False)
+        assert all(item.ended_at is not None for item in items)
+    finally:
+        server.close()
+    for group in void:
+        again = known.groups[group.sampled.group_id]
+        assert again.void
+        assert again.step is None
+        assert again.ranked or again.stopped or not again.item_id or again.ended
+    assert_every_label_has_its_votes(folder)
