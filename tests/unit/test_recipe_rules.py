@@ -64,6 +64,8 @@ NO_FLOW = (
         ([("kl:", "selection: {by: drifting}\n  kl:")], "25:15: run_online.selection.by: drifting groups are those where model and people disagree"),
         ([("kl:", "refresh: {}\n  kl:")], "25:3: run_online.refresh: refits the model that answers for people: use hybrid feedback, not votes"),
         ([FUNCTION, ("kl:", "drift: {}\n  kl:")], "26:3: run_online.drift: compares model and people: use hybrid feedback, not function"),
+        ([HYBRID, ("kl:", "drift: {}\n  kl:")], "26:3: run_online.drift: asks people so that the reward model is refitted"),
+        ([HYBRID, ("kl:", "refresh: {}\n  selection: {by: drifting}\n  kl:")], "27:15: run_online.selection.by: add run_online.drift"),
         ([FUNCTION, ("kl:", "segments: {}\n  kl:")], "26:3: run_online.segments: marks are made by people who vote: use votes feedback, not function"),
         ([("algorithm: dpo, beta: 0.2", "algorithm: grpo"), ("kl:", "segments: {}\n  kl:")], "25:3: run_online.segments: marks are weights in the loss of dpo; grpo has no place for them"),
         # roles
