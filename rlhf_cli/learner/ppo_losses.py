@@ -64,7 +64,10 @@ def gae(rewards_RT: Tensor, values_RT: Tensor, mask_RT: Tensor, gamma: float, ga
 def whitened(x_RT: Tensor, mask_RT: Tensor) -> Tensor:
     """Shift and scale to mean 0 and deviation 1 over the tokens that count; all 0 where they are all the same."""
     x_N = x_RT[mask_RT]
-    return torch.where(mask_RT, (x_RT - x_N.mean()) / (x_N.std(correction=0) + 1e-8), 0.0)
+    deviation = x_N.std(correction=0)
+    # What rounding leaves of a mean would be whitened into labels.
+    differ = deviation > 1e-6 * x_N.abs().max()
+    return torch.where(mask_RT & differ, (x_RT - x_N.mean()) / (deviation + 1e-8), 0.0)
 
 
 def policy_loss(

@@ -12,6 +12,9 @@ from rlhf_cli.types import RankedGroup
 
 Floats = npt.NDArray[np.float64]
 
+_ROUNDING = 1e-6
+"""Scores whose deviation is no larger than this share of them, or of 1, are the same."""
+
 
 def group_scores(ranked: RankedGroup, per_char: float = 0.0) -> Floats:
     """Scores of the completions of a group, shape (G,): those of its source, else what the ranking of its votes gives.
@@ -51,7 +54,9 @@ def group_advantages(scores_G: Floats, *, leave_one_out: bool, by_deviation: boo
         advantages_G *= count / (count - 1)
     if by_deviation:
         deviation = known.std(ddof=1)
-        advantages_G = advantages_G / deviation if deviation > 0 else advantages_G
+        # Equal scores differ by what rounding leaves of their mean, and dividing that by itself would make it a label.
+        equal = deviation <= _ROUNDING * max(1.0, float(np.abs(known).max()))
+        advantages_G = np.zeros_like(scores_G) if equal else advantages_G / deviation
     return advantages_G
 
 

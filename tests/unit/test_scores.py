@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_cli.learner.scores import group_advantages, group_scores, posterior_wins
@@ -75,6 +75,14 @@ def test_advantages_by_hand() -> None:
         [-2 / deviation, -1 / deviation, 3 / deviation]
     )
     assert advantages([2.0, 2.0, 2.0], by_deviation=True) == [0, 0, 0]
+
+
+@example(0.1, 3, False)
+@given(st.floats(-50, 50), st.integers(2, 16), st.booleans())
+def test_equal_scores_are_no_label_whatever_rounding_leaves_of_their_mean(
+    score: float, size: int, leave_one_out: bool
+) -> None:
+    assert advantages([score] * size, leave_one_out, by_deviation=True) == [0] * size
     assert advantages([math.nan, 5.0]) == [0, 0]
     assert advantages([math.nan, 1.0, 3.0], leave_one_out=True) == pytest.approx([0, -2.0, 2.0])
 
