@@ -56,6 +56,6 @@ class RecordedStream(Stream):
     def _heed_guards(self) -> None:
         """The recording holds the steps that stood, whatever its guards did."""
 
-    def _check_hopeless(self, reason: str) -> None:
+    def _check_hopeless(self, in_a_row: int, reason: str) -> None:
         # A step without groups ends the replay, not a row of groups without votes.
         self._why = self._why or reason

@@ -99,7 +99,8 @@ class Stream:
         self._noted = {event.guard for event in state.tripped if event.action == "note"}
         self.unasked = unasked(state)
         """Groups of this attempt that were set aside because nobody could learn from them."""
-        self.set_aside_in_a_row = 0
+        self.degenerate_in_a_row = self.unranked_in_a_row = 0
+        """Counted apart: while people take their time, one that they will rank may lie behind many degenerate ones."""
         self.started = clock() if started is None else started
         """Clock time from which the deadline counts; of the run where a roll-back made another stream."""
         self._sampled_after = max((g.sampled.policy_step for g in state.groups.values() if not g.void), default=-1)
@@ -189,8 +190,10 @@ class Stream:
             if (why := degenerate(group, self.online.cut_off)) is not None:
                 self.journal.append(GroupSetAside(group_id=group.id, reason=why))
                 self.unasked += 1
-                self._given_up(why)
+                self.degenerate_in_a_row += 1
+                self._check_hopeless(self.degenerate_in_a_row, why)
                 continue
+            self.degenerate_in_a_row = 0
             self.outstanding += 1
             self.feedback.submit(group)
         self._measure(groups)
@@ -248,9 +251,10 @@ class Stream:
         for verdict in self.feedback.collect():
             self.outstanding -= 1
             if isinstance(verdict, Unranked):
-                self._given_up(verdict.reason)
+                self.unranked_in_a_row += verdict.reason != NOT_SELECTED
+                self._check_hopeless(self.unranked_in_a_row, verdict.reason)
             else:
-                self.set_aside_in_a_row = 0
+                self.unranked_in_a_row = 0
                 self.guards.ranked(verdict)
                 self.ready.append(verdict)
         limit = self.online.staleness.max_steps
@@ -265,14 +269,10 @@ class Stream:
                 self.journal.append(GroupSetAside(group_id=ranked.group.id, reason=reason))
         self.ready = fresh
 
-    def _given_up(self, reason: str) -> None:
-        self.set_aside_in_a_row += reason != NOT_SELECTED
-        self._check_hopeless(reason)
-
-    def _check_hopeless(self, reason: str) -> None:
-        if self.set_aside_in_a_row >= 10 * self.online.prompts_per_step:
+    def _check_hopeless(self, in_a_row: int, reason: str) -> None:
+        if in_a_row >= 10 * self.online.prompts_per_step:
             raise Diverged(
-                f"the last {self.set_aside_in_a_row} groups all had to be set aside, the latest because: {reason}. "
+                f"the last {in_a_row} groups all had to be set aside, the latest because: {reason}. "
                 "Nothing can be learned like this."
             )
 

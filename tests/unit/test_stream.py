@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stream_world import PROMPTS, Answer, Disk, Killed, People, Writer, sampled, stream, train
 
@@ -339,6 +339,9 @@ class Parrot(Writer):
 
 
 @given(shape, answers, st.lists(st.booleans(), min_size=2, max_size=7).filter(lambda same: not all(same)))
+@example(  # ten degenerate ones before the first answer, with one among them that people are looking at
+    {"steps": 2, "prompts_per_step": 1, "max_in_flight": 4, "staleness": {"max_steps": 1}}, [5], [True] * 5 + [False]
+)
 @settings(deadline=None)
 def test_nobody_is_asked_about_a_group_that_says_one_thing_and_another_takes_its_place(
     online: dict[str, Any], looks: list[int], same: list[bool]
