@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.journal.replay import RunState
+from rlhf_cli.learner.scores import group_scores
 from rlhf_cli.online.lengths import Scored, correlation_within, slope_within
-from rlhf_cli.ranking.bradley_terry import rank
 from rlhf_cli.recipe.online import RunOnline
 from rlhf_cli.types import Completion, Group, RankedGroup
 
@@ -94,7 +93,7 @@ class Guards:
 
     def ranked(self, ranked: RankedGroup) -> None:
         per_char = self._online.length.penalty if self._online.length else 0.0
-        _keep(self._scored, (_scores(ranked, per_char), _chars(ranked.group)), self._enough_scored)
+        _keep(self._scored, (group_scores(ranked, per_char).tolist(), _chars(ranked.group)), self._enough_scored)
 
     def shown(self, group: Group, rewards: list[float]) -> None:
         """Rewards for display, for `length_controlled`."""
@@ -157,17 +156,6 @@ def _kl_nats(groups: Iterable[list[Completion]]) -> float:
 
 def _chars(group: Group) -> list[int]:
     return [len(c.text) for c in group.completions]
-
-
-def _scores(ranked: RankedGroup, per_char: float) -> list[float]:
-    """As the learner sees them: whoever gives scores has taken the penalty off them; NaN where nobody compared."""
-    if ranked.scores is not None:
-        return list(ranked.scores)
-    ranking = rank(ranked.wins)
-    return [
-        math.nan if unknown else score - per_char * chars
-        for score, unknown, chars in zip(ranking.scores, ranking.no_votes, _chars(ranked.group), strict=True)
-    ]
 
 
 def _keep(window: deque[Scored], scored: Scored, enough: int) -> None:

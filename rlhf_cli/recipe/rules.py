@@ -219,12 +219,12 @@ def _learner(recipe: Plain) -> Broken:
     online = ("run_online",)
     labels = recipe.value(*online, "learner", "labels")
     penalty = recipe.number(*online, "length", "penalty") or 0
-    of_people = recipe.value(*online, "feedback") == "votes" and _algorithm(recipe) == "dpo" and labels == "votes"
-    if penalty > 0 and of_people:
+    bare = recipe.value(*online, "feedback") in ("votes", "judge") and _algorithm(recipe) == "dpo"
+    if penalty > 0 and bare and labels == "votes":
         yield (
             (*online, "length", "penalty"),
-            "is taken from scores, and here people's votes are learned from as they are; use `labels: posterior`, "
-            "another learner, or hybrid feedback",
+            "is taken from scores, and here votes are learned from as they are; use `labels: posterior`, another "
+            "learner, or feedback that gives scores",
         )
     limits = [recipe.value(*online, "kl", key) for key in ("soft_nats", "hard_nats")]
     if recipe.value(*online, "learner", "reference") == "previous" and limits == [None, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,14 @@ def test_a_length_penalty_is_off_the_scores_of_a_ranking() -> None:
     for k in range(32):
         penalised.ranked(ranked(k, ["long text", "short"], None))
     assert penalised.correlation == pytest.approx(-1.0)  # half a logit of votes against four characters
+
+
+def test_a_length_penalty_that_a_reward_model_took_is_not_taken_again() -> None:
+    once = guards(length={"penalty": 1.0, "max_correlation": 0.5})
+    for k in range(32):  # a pairwise model gives no scores, and has taken the penalty off its votes
+        longer_won = ranked(k, ["a long text", "short"], None)
+        once.ranked(replace(longer_won, wins=WinMatrix([[0, 0.9], [0.1, 0]]), source="reward_model:v1"))
+    assert once.correlation == pytest.approx(1.0)
 
 
 def test_correlation_within_groups_by_hand() -> None:

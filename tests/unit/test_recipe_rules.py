@@ -96,7 +96,8 @@ NO_FLOW = (
         # guards
         ([("soft_nats: 8, hard_nats: 20", "soft_nats: 8, on_hard: rollback")], "25:22: run_online.kl.on_hard: rolls back at the hard limit: add kl.hard_nats"),
         ([("kl:", "length: {on_trip: stop}\n  kl:")], "25:12: run_online.length.on_trip: nothing trips that could stop: add max_correlation or max_growth"),
-        ([("kl:", "length: {penalty: 0.01}\n  kl:")], "25:12: run_online.length.penalty: is taken from scores, and here people's votes are learned from as they are"),
+        ([("kl:", "length: {penalty: 0.01}\n  kl:")], "25:12: run_online.length.penalty: is taken from scores, and here votes are learned from as they are"),
+        ([("steps: 3", "steps: 3\n  feedback: judge\n  judge: {url: 'http://localhost:1', model: m}"), ("kl:", "length: {penalty: 0.01}\n  kl:")], "27:12: run_online.length.penalty: is taken from scores, and here votes"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_together_is_refused_at_its_place(changes: list[tuple[str, str]], beginning: str) -> None:
