@@ -57,9 +57,11 @@ class HybridFeedback:
         self._affords = affords
         self._refresher, self._watch, self._length_penalty = refresher, watch, length_penalty
         self._decided: list[RankedGroup | Unranked] = []
-        self._said: dict[str, tuple[float, ...]] = {}
-        """What the model said of groups that people look at."""
+        self._said: dict[str, GroupChosen] = {}
+        """What the model said of groups that people look at, and why they do."""
         self._compared: deque[tuple[float, float]] = deque(maxlen=COMPARED)
+        self._blind: deque[tuple[float, float]] = deque(maxlen=COMPARED)
+        """The same of groups that were drawn at random."""
 
     @property
     def with_people(self) -> int:
@@ -87,8 +89,8 @@ class HybridFeedback:
             self._refresher.resume(state, entries)
         for known in sorted((s for s in states if s.ranked is not None), key=lambda s: s.ranked_seq):
             assert known.ranked is not None
-            if known.chosen is not None and known.chosen.scores is not None and known.ranked.by_people:
-                self._compare(known.chosen.scores, known.ranked.matrix())
+            if known.chosen is not None and known.ranked.by_people:
+                self._compare(known.chosen, known.ranked.matrix())
         self._chooser.resume(states)
         if self._watch is not None:
             for event in self._watch.resume(state):
@@ -123,13 +125,13 @@ class HybridFeedback:
             row |= self._refresher.status()
         if self._watch is not None:
             row |= self._watch.status()
-        if votes := sum(of for _, of in self._compared):
-            row["rm/agreement"] = sum(agreed for agreed, _ in self._compared) / votes
+        for name, compared in (("rm/agreement", self._compared), ("rm/agreement_random", self._blind)):
+            if votes := sum(of for _, of in compared):
+                row[name] = sum(agreed for agreed, _ in compared) / votes
         return row
 
     def _ask(self, group: Group, chosen: GroupChosen) -> None:
-        assert chosen.scores is not None
-        self._said[group.id] = chosen.scores
+        self._said[group.id] = chosen
         if self._refresher is not None:
             self._refresher.asked(group)
 
@@ -147,5 +149,9 @@ class HybridFeedback:
             for event in self._watch.decided(verdict.group.id, wins):
                 self._journal(event)
 
-    def _compare(self, said: tuple[float, ...], wins: WinMatrix) -> None:
-        self._compared.append(agreed_votes(np.array(said), wins))
+    def _compare(self, said: GroupChosen, wins: WinMatrix) -> None:
+        assert said.scores is not None
+        agreed = agreed_votes(np.array(said.scores), wins)
+        self._compared.append(agreed)
+        if said.why == "random":
+            self._blind.append(agreed)

@@ -90,10 +90,10 @@ class Chooser:
         by = self.selection.by
         why: Literal["random", "uncertainty", "diverse", "drifting", "round", "not selected", "budget"]
         value = self._value(group, scored)
-        if self.watch is not None and self.watch.wanted(group):
+        if chance < self.selection.share * self.selection.random_share:
+            why = "random"  # first: what a targeted round took would be missing from figures about all groups
+        elif self.watch is not None and self.watch.wanted(group):
             why = "round"
-        elif chance < self.selection.share * self.selection.random_share:
-            why = "random"
         else:
             why = by if self._stands_out(value, tie) else "not selected"
         if why != "not selected" and not affordable:

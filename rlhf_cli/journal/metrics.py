@@ -116,6 +116,9 @@ METRICS: dict[str, Metric] = {
     "rm/agreement": Metric(
         "agreement", "", "Share of people's latest votes that the reward model had said before.", ".3f"
     ),
+    "rm/agreement_random": Metric(
+        "agreement, unbiased", "", "The same of the groups that were drawn at random: holds for all groups.", ".3f"
+    ),
     "rm/version": Metric("version", "", "Of the reward model; counts refits that were published.", ".0f"),
     "rm/heldout_accuracy": Metric(
         "held-out accuracy",

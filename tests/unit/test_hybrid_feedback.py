@@ -177,6 +177,23 @@ def test_agreement_is_of_what_the_model_said_before_people_did(tmp_path: Path) -
     assert again.feedback.status()["rm/agreement"] == pytest.approx(agreed / votes)
 
 
+def test_agreement_on_groups_drawn_at_random_is_a_figure_of_its_own_also_after_a_kill(tmp_path: Path) -> None:
+    disk = Disk()
+    world = World(disk, tmp_path, selection=Selection(share=0.5, random_share=0.4))
+    world.run(GROUPS)
+    blind = {event.group_id: event.scores for event in disk.of(GroupChosen) if event.why == "random"}
+    agreed = votes = 0.0
+    for event in disk.of(GroupRanked):
+        if event.by_people and event.group_id in blind:
+            scores = np.array(blind[event.group_id])
+            agreed += float((event.matrix().wins * (scores[:, None] > scores[None, :])).sum())
+            votes += event.matrix().votes
+    for known in (world, World(disk, tmp_path, selection=Selection(share=0.5, random_share=0.4))):
+        status = known.feedback.status()
+        assert status["rm/agreement_random"] == pytest.approx(agreed / votes)
+        assert status["rm/agreement_random"] != pytest.approx(status["rm/agreement"])
+
+
 def test_a_budget_that_is_spent_leaves_everything_to_the_model(tmp_path: Path) -> None:
     disk = Disk()
     most = 12.0  # of a group, where people give as many votes as they did here

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_world import Answer, Disk, Killed, People
 
+from rlhf_cli.feedback.drift import DriftWatch
 from rlhf_cli.feedback.reward_model import NOT_FINITE
 from rlhf_cli.feedback.scores import Scored, by_rewards
 from rlhf_cli.feedback.selection import NOT_SELECTED, Chooser, SelectedVotes, uncertainty
-from rlhf_cli.journal.events import GroupChosen, GroupRanked, GroupSampled, GroupSetAside
+from rlhf_cli.journal.events import DriftFound, GroupChosen, GroupRanked, GroupSampled, GroupSetAside
 from rlhf_cli.journal.replay import GroupState
-from rlhf_cli.recipe.online import Selection
+from rlhf_cli.recipe.online import Drift, Selection
 from rlhf_cli.types import Completion, Group, Message, Prompt
 
 
@@ -113,6 +114,17 @@ def test_what_is_drawn_blindly_does_not_depend_on_what_the_model_says() -> None:
     draw = np.random.default_rng(7)
     one, other = (choose(Selection(random_share=0.5), draw.random(300).tolist(), seed=4) for _ in range(2))
     assert [e.group_id for e in one if e.why == "random"] == [e.group_id for e in other if e.why == "random"]
+
+
+def test_a_targeted_round_takes_nothing_of_what_is_drawn_blindly() -> None:
+    watch = DriftWatch(Drift(round_groups=200), lambda prompt: 0)
+    selection, values = Selection(share=0.5, random_share=0.4), [0.5] * 200
+    watch._begin(DriftFound(cluster=0, z=4.0, before=0.1, now=0.6, groups=200, outdated=()))
+    chooser = Chooser(selection, 0, watch=watch)
+    during = [chooser.choose(group(n), unsure(value)) for n, value in enumerate(values)]
+    assert {event.why for event in during} == {"round", "random"}
+    usual = choose(selection, values)
+    assert [e.group_id for e in during if e.why == "random"] == [e.group_id for e in usual if e.why == "random"]
 
 
 def test_diverse_takes_the_prompt_that_is_least_like_those_that_people_saw() -> None:
