@@ -150,7 +150,8 @@ class Stream:
     def _room(self) -> int:
         """How many groups may be sampled now: a step's worth at a time, and never more than the run still needs."""
         per_step, unused = self.online.prompts_per_step, self.outstanding + len(self.ready)
-        count = min(per_step, (self.online.steps - self.step) * per_step - unused)
+        # In whole steps' worths: what replaces a group that was set aside must not leave others to grow old.
+        count = min(per_step - unused % per_step, (self.online.steps - self.step) * per_step - unused)
         # A group with n steps' worth of groups before it will be n steps old when its turn comes.
         ahead = min(self.online.max_in_flight, (self.online.staleness.max_steps + 1) * per_step)
         if unused + count > ahead:

@@ -358,6 +358,14 @@ def test_nobody_is_asked_about_a_group_that_says_one_thing_and_another_takes_its
     assert stream(recipe(**online), disk, People(disk)).unasked == len(parroted)  # a restart knows them
 
 
+def test_what_takes_the_place_of_a_degenerate_group_makes_no_later_step_train_on_an_older_policy() -> None:
+    disk = Disk()
+    for step, batch in enumerate(
+        train(stream(recipe(), disk, People(disk), policy=Parrot([False, True, False])), disk)
+    ):
+        assert [g.group.policy_step for g in batch.groups] == [step, step]
+
+
 def test_a_policy_that_only_ever_says_one_thing_ends_the_run_unasked() -> None:
     disk = Disk()
     people = People(disk)
