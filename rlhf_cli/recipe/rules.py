@@ -159,12 +159,6 @@ def _amounts(recipe: Plain) -> Broken:
     size, feedback = recipe.whole("run_online", "group_size"), recipe.value("run_online", "feedback")
     if feedback in ("votes", "hybrid") and recipe.has("flow"):
         most = recipe.whole("flow", "responses", "max")
-        if size is not None and most is not None and most < size - 1:
-            yield (
-                ("flow", "responses", "max"),
-                f"{most} votes cannot compare the {size} completions of a group: at least {size - 1}, one fewer than "
-                "run_online.group_size",
-            )
         again = recipe.whole("flow", "responses", "min") if _asks_again(recipe) else 1
         if most is not None and again is not None:
             yield from _budget(recipe, most + again - 1)
