@@ -128,10 +128,17 @@ class Guards:
         return correlation_within(self._scored)
 
     def length_controlled(self, reward: float, chars: float) -> float | None:
-        """What a mean reward would be at the length of the first step, by the slope within groups of rewards shown."""
-        if not self._first_chars:
+        """What a mean reward would be at the length of the first step, by the slope within groups of rewards shown.
+
+        None where none of these is as short or as long as that: a slope says nothing beyond the lengths it is of.
+        """
+        lengths = [n for _, chars_G in self._shown for n in chars_G]
+        if not self._first_chars or not lengths:
             return None
-        return reward - slope_within(self._shown) * (chars - statistics.fmean(self._first_chars))
+        first = statistics.fmean(self._first_chars)
+        if not min(lengths) <= first <= max(lengths):
+            return None
+        return reward - slope_within(self._shown) * (chars - first)
 
     def trips(self, step: int) -> list[Trip]:
         """Guards that are beyond their limits after `step` steps."""

@@ -345,12 +345,23 @@ def test_what_all_completions_of_a_group_share_changes_nothing(
 
 def test_reward_at_equal_length_takes_off_what_length_alone_brought() -> None:
     judge = guards()
-    judge.sampled([group(k, ["x" * 10, "x" * 10], step=0) for k in range(3)])
+    judge.sampled([group(k, ["x" * 30, "x" * 30], step=0) for k in range(3)])
     rng = np.random.default_rng(3)
     for k in range(32):  # a reward of 0.1 a character, whatever else
         lengths = rng.integers(20, 60, 2)
         judge.shown(group(k, ["x" * n for n in lengths]), [5.0 * k + 0.1 * n for n in lengths])
-    assert judge.length_controlled(8.0, 40.0) == pytest.approx(8.0 - 0.1 * (40 - 10))
+    assert judge.length_controlled(8.0, 40.0) == pytest.approx(8.0 - 0.1 * (40 - 30))
+
+
+def test_reward_at_equal_length_is_not_guessed_where_nothing_is_that_long_any_more() -> None:
+    judge = guards()
+    judge.sampled([group(k, ["x" * 40, "x" * 40], step=0) for k in range(3)])
+    assert judge.length_controlled(8.0, 40.0) is None  # nothing was scored yet
+    for k in range(32):
+        judge.shown(group(k, ["x" * 4, "x" * 6]), [0.0, 2.0])  # by its slope 40 characters would be worth 35 more
+    assert judge.length_controlled(8.0, 5.0) is None
+    judge.shown(group(32, ["x" * 4, "x" * 60]), [0.0, 1.0])
+    assert judge.length_controlled(8.0, 5.0) is not None
 
 
 def test_a_resumed_run_judges_as_the_one_before_would_have() -> None:
