@@ -146,7 +146,6 @@ def _config(recipe: Recipe, output_dir: Path) -> GRPOConfig:
         use_bias_correction_kl=online.learner.ratio == "token",
         scale_rewards="none",  # advantages are ours
         max_completion_length=online.sampling.max_new_tokens,
-        disable_dropout=True,  # ratios compare with probabilities that were taken without it
         # TRL samples nothing here, but its configuration insists that the groups fill whole batches.
         num_generations=online.group_size,
         per_device_train_batch_size=online.group_size,

@@ -36,7 +36,6 @@ from rlhf_cli.learner.ppo_losses import (
 from rlhf_cli.learner.stream_trainer import StreamTrainer, online_settings
 from rlhf_cli.learner.watch import check_gradients
 from rlhf_cli.policy.generate import chosen_logps, completion_logits, pack
-from rlhf_cli.policy.heads import set_dropout
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import RankedGroup
@@ -76,7 +75,6 @@ class PPOTrainer(StreamTrainer):
         self.critic = load_critic(reward_model, policy.tokenizer, recipe.model, policy.model.device, recipe.seed)
         self.beta_factor = 1.0
         """What the recipe's beta is multiplied by, where it adapts to a target."""
-        set_dropout(policy.model, 0.0)  # ratios compare with probabilities that were taken without it
         super().__init__(
             policy,
             batches,

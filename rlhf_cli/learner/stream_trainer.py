@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from rlhf_cli.errors import Diverged
 from rlhf_cli.learner.batch import Batch
 from rlhf_cli.learner.settings import trainer_settings
+from rlhf_cli.policy.heads import set_dropout
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import RankedGroup
@@ -55,6 +56,7 @@ class StreamTrainer(Trainer):
         self.policy, self.batches, self.recipe = policy, batches, recipe
         self.online, self.learner = recipe.run_online, recipe.run_online.learner
         self.figures = Means()
+        set_dropout(policy.model, 0.0)  # what is learned compares with probabilities that were taken without it
         super().__init__(model=policy.model, processing_class=policy.tokenizer, **given)
         self.remove_callback(PrinterCallback)
         if self.learner.reference_every is not None:

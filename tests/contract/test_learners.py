@@ -35,7 +35,7 @@ from rlhf_cli.learner.policy_gradient import GroupGradientTrainer
 from rlhf_cli.learner.scores import posterior_wins
 from rlhf_cli.learner.stream_trainer import plan_updates
 from rlhf_cli.learner.watch import check_gradients
-from rlhf_cli.policy.load import load_model
+from rlhf_cli.policy.load import load_model, load_tokenizer
 from rlhf_cli.policy.policy import Policy
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.types import RankedGroup, WinMatrix
@@ -215,6 +215,24 @@ def test_a_policy_that_has_not_moved_has_ratio_one_and_clips_nothing(
     trainer.part_loss(policy.model, groups, groups, BETA)
     assert trainer.step_metrics["train/ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert trainer.step_metrics["train/clip_frac"] == 0
+
+
+@pytest.mark.parametrize("given", [{"algorithm": "dpo"}, {"algorithm": "grpo"}])
+def test_online_training_goes_without_the_dropout_that_a_model_brings(
+    recipe: MakeRecipe, tiny: str, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """In attention too, where no module holds it."""
+    model = load_model(tiny)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(tiny).save_pretrained(tmp_path / "model")
+    plan = learning(recipe, given)
+    policy = Policy(str(tmp_path / "model"), plan)
+    groups = two_groups(policy)
+    trainer = learner(policy, plan, tmp_path)
+    losses = [trainer.part_loss(policy.model, groups, groups, BETA).item() for _ in range(2)]
+    policy.model.eval()
+    assert losses == [trainer.part_loss(policy.model, groups, groups, BETA).item()] * 2
 
 
 @pytest.mark.parametrize("given", [{"algorithm": "dpo"}, {"algorithm": "grpo"}, {"algorithm": "rloo", "loss": "cispo"}])
