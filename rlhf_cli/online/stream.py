@@ -90,7 +90,8 @@ class Stream:
         self.step = 0
         """Learner steps taken; the recorder counts it up."""
         self.next_index = state.next_index
-        self.outstanding = len(state.open_groups)
+        self._out = {g.sampled.group_id: g.sampled.policy_step for g in state.open_groups}
+        """Groups without an outcome, and the steps that the policy had taken when it sampled them."""
         self.ready: deque[RankedGroup] = deque()
         self.fresh = Fresh()
         self.batch: Batch | None = None
@@ -132,9 +133,10 @@ class Stream:
             self._heed_guards()
             self._check_deadline()
             well_fed = len(self.ready) >= 2 * wanted
-            if len(self.ready) >= enough and (sampled or well_fed or not self._room()):
+            full = len(self.ready) >= enough and (sampled or well_fed or not self._room())
+            if full and not self._leaves_people_behind():
                 break
-            if count := self._room():
+            if not full and (count := self._room()):
                 self._sample(count)
                 sampled = True
             elif self.outstanding:
@@ -146,6 +148,19 @@ class Stream:
             else:
                 raise BudgetReached(f"the budget allows no further group: {self._spent()}; raise it and --resume")
         return [self.ready.popleft() for _ in range(min(wanted, len(self.ready)))]
+
+    @property
+    def outstanding(self) -> int:
+        """Groups that were asked about and have no outcome."""
+        return len(self._out)
+
+    def _leaves_people_behind(self) -> bool:
+        """Whether another step now would make a group that people still look at too old to train on.
+
+        Only where a model answers beside them can steps outrun people; else all groups wait for the same.
+        """
+        by_both = self.online.feedback == "hybrid" and bool(self._out)
+        return by_both and self.step - min(self._out.values()) >= self.online.staleness.max_steps
 
     def _room(self) -> int:
         """How many groups may be sampled now: a step's worth at a time, and never more than the run still needs."""
@@ -195,7 +210,7 @@ class Stream:
                 self._check_hopeless(self.degenerate_in_a_row, why)
                 continue
             self.degenerate_in_a_row = 0
-            self.outstanding += 1
+            self._out[group.id] = group.policy_step
             self.feedback.submit(group)
         self._measure(groups)
 
@@ -250,7 +265,7 @@ class Stream:
 
     def _collect(self) -> None:
         for verdict in self.feedback.collect():
-            self.outstanding -= 1
+            del self._out[verdict.group.id]
             if isinstance(verdict, Unranked):
                 self.unranked_in_a_row += verdict.reason != NOT_SELECTED
                 self._check_hopeless(self.unranked_in_a_row, verdict.reason)

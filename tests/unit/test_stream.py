@@ -194,6 +194,20 @@ def test_every_prompt_is_asked_once_a_round_each_round_in_its_own_order() -> Non
     assert len({tuple(asked) for asked in rounds}) > 1
 
 
+@pytest.mark.parametrize("max_steps", [0, 2, 8])
+def test_steps_that_a_model_answers_wait_before_what_people_look_at_grows_too_old(max_steps: int) -> None:
+    hybrid = recipe(steps=30, prompts_per_step=4, max_in_flight=48, staleness={"max_steps": max_steps})
+    assert hybrid.run_online is not None
+    hybrid = hybrid.model_copy(update={"run_online": hybrid.run_online.model_copy(update={"feedback": "hybrid"})})
+    disk = Disk()
+    slow = People(disk, lambda group: Answer(50 if group.index % 4 == 0 else 0))  # the others a model answers at once
+    batches = train(stream(hybrid, disk, slow), disk)
+    assert not disk.of(GroupSetAside)
+    assert len(sampled(disk)) == 30 * 4
+    ages = [step - g.group.policy_step for step, batch in enumerate(batches) for g in batch.groups]
+    assert max(ages) == max_steps  # pacing, and no more of it than it takes
+
+
 def test_a_group_that_grew_too_old_is_set_aside_with_its_age() -> None:
     disk = Disk()
 
