@@ -376,24 +376,40 @@ class Asking:
         if wins is None:
             if status.state is ItemState.FAILED:
                 self._lose(asked, item, failure)
-            elif self._clock() - item.since > self._spec.ttl_s + DRAIN_S + SLACK_S:
+            elif self._too_long(item):
                 self._lose(asked, item, f"item {item.item_id} ended {status.state} without showing its votes")
             return
         if status.state is ItemState.FAILED:
             self._note(f"{failure}; {wins.votes:g} votes had come before")
-        item.ended, item.votes = wins, wins.votes
+        marks: tuple[Segment, ...] | None = ()
         if self._spec.segments and wins.votes:
-            item.segments = await self._marks(asked, item)
+            marks = await self._marks(asked, item)
+        if marks is None:
+            return
+        # Together, with nothing to wait for in between: what has ended may be decided about.
+        item.ended, item.votes, item.segments = wins, wins.votes, marks
         self._item_over(asked, item)
 
-    async def _marks(self, asked: Asked, item: Item) -> tuple[Segment, ...]:
-        """What raters marked. Marks that make no sense are left out, all of them: the votes stand without."""
+    async def _marks(self, asked: Asked, item: Item) -> tuple[Segment, ...] | None:
+        """What raters marked; None while the service may still come to show it.
+
+        Marks that make no sense are left out, all of them: the votes stand without.
+        """
         try:
             marked = await self._flow.segments(item.item_id, asked.shown.texts)
         except BadAnswer as error:
             self._note(f"{error} Its votes train without marks.")
             return ()
-        return asked.shown.marks_over_all(marked or ())
+        if marked is not None:
+            return asked.shown.marks_over_all(marked)
+        if not self._too_long(item):
+            return None
+        self._note(f"item {item.item_id} ended without showing what raters marked. Its votes train without marks.")
+        return ()
+
+    def _too_long(self, item: Item) -> bool:
+        """Whether what an item's service does not show by now will not come any more."""
+        return self._clock() - item.since > self._spec.ttl_s + DRAIN_S + SLACK_S
 
     def _lose(self, asked: Asked, item: Item, reason: str) -> None:
         item.lost = reason

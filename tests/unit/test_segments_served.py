@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 from flow_world import PLAIN, SPEC, Clock, World, group, until
 
 from rlhf_cli.errors import FlowRefused
-from rlhf_cli.feedback.votes import VotesFeedback
+from rlhf_cli.feedback.asking import SWEEP_S
+from rlhf_cli.feedback.votes import DRAIN_S, SLACK_S, VotesFeedback
 from rlhf_cli.flow.base import RAPIDATA, BadAnswer, FlowSpec, Responses
 from rlhf_cli.flow.mapping import mapping
 from rlhf_cli.flow.wire import OURS, CastSegment
-from rlhf_cli.journal.events import Event, GroupRanked, GroupSampled, ItemEnded
+from rlhf_cli.journal.events import DatasetCreated, Event, GroupRanked, GroupSampled, GroupSubmitted, ItemEnded
 from rlhf_cli.journal.journal import Entry
 from rlhf_cli.journal.replay import replay
 from rlhf_cli.server import gold, voting
@@ -305,4 +307,74 @@ def test_votes_train_without_marks_where_these_make_no_sense(world: World) -> No
     ranked = run.ranked()
     assert ranked.wins.votes == 2
     assert ranked.segments == ()
+    assert any("train without marks" in note for note in run.notes)
+
+
+def test_a_group_of_two_items_that_end_together_is_decided_once_with_the_marks_of_both(
+    world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass_on = world.transport.handle_async_request
+
+    async def slow_marks(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/segments"):
+            while world.transport.count("GET", "/vote-matrix") < 2:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)  # the other item's votes are taken meanwhile
+        return await pass_on(request)
+
+    monkeypatch.setattr(world.transport, "handle_async_request", slow_marks)
+    ours, disk = Clock(), list[Event]()
+    run = asked(world, disk, TEXTS, clock=ours)
+    until(lambda: any(isinstance(event, GroupSubmitted) for event in disk))
+    (older,) = world.item_ids()
+    mark(world, "short", good=True)
+    clock.advance(0.1)
+    (dataset_id,) = [event.dataset_id for event in disk if isinstance(event, DatasetCreated)]
+    world.store.create_item(world.store.item(older).flow_id, dataset_id, "Why?", 60)
+
+    def ends_with_the_other(request: httpx.Request) -> None:
+        if request.url.path.endswith("/stop"):
+            world.store.stop(older)
+
+    world.transport.before = ends_with_the_other
+    ours.advance(SWEEP_S + 1)
+    ranked = run.ranked()  # one of them
+    assert ranked.segments == (Segment(0, 0, 5, True),)
+    assert len([event for event in disk if isinstance(event, GroupRanked)]) == 1
+
+
+def test_marks_that_a_service_does_not_show_yet_are_waited_for(world: World) -> None:
+    run = asked(world, [], TEXTS)
+    early: list[httpx.Request] = []
+
+    def not_yet(request: httpx.Request) -> httpx.Response | None:
+        if not request.url.path.endswith("/segments") or len(early) == 3:
+            return None
+        early.append(request)
+        return httpx.Response(409, json={"title": "the item still runs"})
+
+    world.transport.before = not_yet
+    mark(world, "short", good=True)
+    mark(world, "longer", good=True)
+    assert len(run.ranked().segments) == 2
+    assert len(early) == 3
+
+
+def test_votes_train_without_marks_that_a_service_never_shows(world: World) -> None:
+    ours = Clock()
+    run = asked(world, [], TEXTS, clock=ours)
+    early: list[httpx.Request] = []
+
+    def never(request: httpx.Request) -> httpx.Response | None:
+        if not request.url.path.endswith("/segments"):
+            return None
+        early.append(request)
+        return httpx.Response(409, json={"title": "the item still runs"})
+
+    world.transport.before = never
+    world.vote(2)
+    until(lambda: len(early) > 2)
+    ours.advance(MARKED.ttl_s + DRAIN_S + SLACK_S + 1)
+    ranked = run.ranked()
+    assert (ranked.wins.votes, ranked.segments) == (2, ())
     assert any("train without marks" in note for note in run.notes)
