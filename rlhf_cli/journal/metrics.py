@@ -75,7 +75,9 @@ METRICS: dict[str, Metric] = {
     "flow/in_flight": Metric("in flight", "groups", "Groups that people are voting on.", ".0f"),
     "flow/votes_total": Metric("votes, total", "votes", "Votes received since the start.", ".0f"),
     "flow/votes_step": Metric("votes", "votes", "Votes behind this step.", ".0f"),
-    "flow/votes_per_group": Metric("votes per group", "votes", "Mean votes per group of this step.", ".1f"),
+    "flow/votes_per_group": Metric(
+        "votes per group", "votes", "Mean votes per group of this step that people saw.", ".1f"
+    ),
     "flow/incomplete_frac": Metric("incomplete", "", "Share of groups that ended below the minimum of votes.", ".2f"),
     "flow/set_aside_total": Metric("set aside", "groups", "Groups that will never train, each with a reason.", ".0f"),
     "flow/backlog": Metric("backlog", "groups", "Groups waiting for their item to be made.", ".0f"),
@@ -157,7 +159,7 @@ class MetricsWriter:
                 out.write(b"\n")
 
     def append(self, step: int, row: Mapping[str, float]) -> None:
-        """Write the row of `step`; a repeated step replaces the earlier row for readers.
+        """Write the row of `step`; what a repeated step measures replaces what it measured before, for readers.
 
         Values that are not finite become null: JSON has no NaN, and a gap is what they are.
         """
@@ -175,8 +177,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows by step, ascending; the last row of a step wins, half-written lines and rows that were taken back are
-    skipped. Empty without a file.
+    """Rows by step, ascending; half-written lines and rows that were taken back are skipped. Empty without a file.
+
+    Of a repeated step the last figure of each name wins: a step that is trained again after a crash samples nothing, so
+    what was sampled for it is only in its first row.
     """
     rows: dict[int, dict[str, Any]] = {}
     if path.exists():
@@ -190,5 +194,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(row.get("void_after"), int):
                 rows = {step: kept for step, kept in rows.items() if step <= row["void_after"]}
             elif isinstance(row.get("step"), int):
-                rows[row["step"]] = row
+                rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]

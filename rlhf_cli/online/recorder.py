@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +19,7 @@ from rlhf_cli.online.checkpoint import publish
 from rlhf_cli.online.guards import Guards
 from rlhf_cli.online.roles import role_metrics
 from rlhf_cli.online.stream import Fresh, Stream
+from rlhf_cli.types import RankedGroup
 
 
 class Recorder(TrainerCallback):
@@ -79,7 +81,6 @@ class Recorder(TrainerCallback):
         now = time.perf_counter()
         spent = stream.policy.phase.lap()
         ages = [stream.step - 1 - g.group.policy_step for g in batch.groups]
-        votes = [g.votes_paid for g in batch.groups]
         status = stream.feedback.status()
         row = {
             "train/loss": logs["loss"],
@@ -92,8 +93,7 @@ class Recorder(TrainerCallback):
             "staleness/mean_steps": statistics.fmean(ages),
             "staleness/max_steps": float(max(ages)),
             **status,
-            "flow/votes_step": sum(votes),
-            "flow/votes_per_group": statistics.fmean(votes),
+            **(_votes(batch.groups) if stream.online.asks_people else {}),
             "cost/usd": stream.usd(),
             "time/step_s": now - self._step_started,
             "time/generate_s": spent.get("generate", 0.0),
@@ -106,6 +106,12 @@ class Recorder(TrainerCallback):
         stream.fresh = Fresh()
         self._step_started = now
         return row
+
+
+def _votes(groups: Sequence[RankedGroup]) -> dict[str, float]:
+    """People's votes behind a step; their mean is over the groups that people saw."""
+    votes = [g.votes_paid for g in groups if g.votes_paid]
+    return {"flow/votes_step": sum(votes)} | ({"flow/votes_per_group": statistics.fmean(votes)} if votes else {})
 
 
 def _fresh(fresh: Fresh, guards: Guards) -> dict[str, float]:

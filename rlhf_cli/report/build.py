@@ -21,7 +21,7 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         raise UsageError(f"{run_dir}: no such run folder; `rlhf ls` lists runs")
     run = RunDir(run_dir)
     record = load(run)
-    charts = [(chart, chart_svg(chart, record)) for chart in CHARTS] if record.rows else []
+    charts = [(chart, chart_svg(chart, record)) for chart in CHARTS if record.measured(chart.names[0])]
     target = out or run.report
     write_atomic(target, page(record, charts).encode("utf-8"))
     return target

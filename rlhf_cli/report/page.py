@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_cli.journal.metrics import METRICS
 from rlhf_cli.report.guards import ages_section, guards_section
 from rlhf_cli.report.markup import details, esc, facts, figure_of, interval_bar, known, section, table
-from rlhf_cli.report.plots import Chart
+from rlhf_cli.report.plots import CHARTS, Chart
 from rlhf_cli.report.record import Record
 from rlhf_cli.report.reward_model import reward_model_section
 from rlhf_cli.report.style import STYLE
@@ -154,10 +154,10 @@ def _tiles(record: Record) -> str:
     votes = record.state.votes_total or (known(last, "flow/votes_total") or [0.0])[0]
     tiles = [
         (f"{len(record.state.steps)}", "learner steps"),
-        (f"{votes:,.0f}", "votes behind them"),
+        (f"{votes:,.0f}" if votes else None, "votes of people"),
         (f"{kl[0]:.2f}" if kl else None, "nats of KL per completion"),
         (f"{lengths[0]:.0f} \u2192 {lengths[1]:.0f}" if lengths else None, "tokens per completion"),
-        (f"${cost[0]:,.2f}" if cost else None, "spent on votes"),
+        (f"${cost[0]:,.2f}" if cost else None, "spent"),
         (_duration(record.seconds), "from first to last event"),
     ]
     cells = "".join(f'<div class="card tile"><b>{v}</b><span>{k}</span></div>' for v, k in tiles if v is not None)
@@ -187,15 +187,18 @@ def _charts(record: Record, charts: Sequence[tuple[Chart, str]]) -> str:
     lead = "One point per learner step."
     if record.resumed_after:
         lead += f" Dotted lines: the run was picked up again after step {', '.join(map(str, record.resumed_after))}."
+    if record.rolled_back_to:
+        steps = ", ".join(map(str, record.rolled_back_to))
+        lead += f" Red lines: rolled back to step {steps}; the steps that were given up are not drawn."
+    if missing := [chart.title.lower() for chart in CHARTS if not record.measured(chart.names[0])]:
+        lead += f" Not measured in this run: {esc(', '.join(missing))}."
     figures = "\n".join(_chart(record, chart, svg) for chart, svg in charts)
     return section("Training", lead, f'<div class="charts">{figures}</div>')
 
 
 def _chart(record: Record, chart: Chart, svg: str) -> str:
-    names = [name for name in chart.names if any(row.get(name) is not None for row in record.rows)]
+    names = [name for name in chart.names if record.measured(name)]
     head = f"<h3>{esc(chart.title)}</h3>"
-    if not names:
-        return f'<figure class="card"><figcaption>{head}<p>Not measured in this run.</p></figcaption></figure>'
     stride = -(-len(record.rows) // MOST_TABLE_ROWS)
     rows = record.rows[::stride]
     cells = [[str(row["step"]), *(figure_of(name, row.get(name)) for name in names)] for row in rows]

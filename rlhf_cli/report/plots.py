@@ -76,6 +76,8 @@ def chart_svg(chart: Chart, record: Record) -> str:
         chart.draw(axes, record)
         for step in record.resumed_after:
             axes.axvline(step + 0.5, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+        for step in record.rolled_back_to:
+            axes.axvline(step + 0.5, color=RED, linewidth=0.9)
         axes.set_xlabel("step", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
@@ -216,6 +218,37 @@ def _moved(axes: Axes, record: Record) -> None:
     axes.axhline(1, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
 
 
+def _critic(axes: Axes, record: Record) -> None:
+    _line(axes, record, "train/value_explained", VIOLET)
+    axes.axhline(0, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
+
+
+def _model(axes: Axes, record: Record) -> None:
+    _line(axes, record, "rm/agreement", GREEN, "votes it had said before")
+    _line(axes, record, "rm/agreement_random", BLUE, "of groups drawn at random")
+    _line(axes, record, "rm/heldout_accuracy", AMBER, "held out")
+    axes.axhline(0.5, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), label="chance")
+
+
+def _selection(axes: Axes, record: Record) -> None:
+    _line(axes, record, "selection/people_total", GREEN, "groups that people saw")
+    _line(axes, record, "selection/random_total", GREY, "drawn at random")
+    axes.set_ylim(bottom=0)
+
+
+def _drift(axes: Axes, record: Record) -> None:
+    _line(axes, record, "drift/z_max", RED, "standard errors")
+    _line(axes, record, "drift/rounds_total", BLUE, "targeted rounds so far")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+
+
+def _judge(axes: Axes, record: Record) -> None:
+    _line(axes, record, "judge/position_bias", VIOLET, "position bias")
+    _line(axes, record, "judge/inconsistent_frac", AMBER, "pairs that contradict")
+    _line(axes, record, "judge/unusable_frac", RED, "no usable answer")
+    axes.axhline(0, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)))
+
+
 def _time(axes: Axes, record: Record) -> None:
     steps = [row["step"] for row in record.rows]
     parts = [("generate", BLUE), ("reference", VIOLET), ("wait", AMBER), ("train", GREEN), ("sync", GREY)]
@@ -242,8 +275,33 @@ CHARTS = (
         _length,
     ),
     Chart("learning", "Agreement with the votes", ("train/accuracy", "train/margin"), _learning),
+    Chart(
+        "model",
+        "Reward model and people",
+        ("rm/agreement", "rm/agreement_random", "rm/heldout_accuracy", "rm/version", "rm/replay_groups"),
+        _model,
+    ),
+    Chart(
+        "selection",
+        "What people see",
+        ("selection/people_total", "selection/random_total", "selection/people_frac"),
+        _selection,
+    ),
+    Chart("drift", "Drift", ("drift/z_max", "drift/cluster_worst", "drift/rounds_total", "drift/round_groups"), _drift),
+    Chart(
+        "judge",
+        "How far the judge contradicts itself",
+        ("judge/inconsistent_frac", "judge/position_bias", "judge/unusable_frac", "judge/cached_frac", "judge/usd"),
+        _judge,
+    ),
     Chart("update", "Updates", ("train/loss", "train/grad_norm", "train/beta", "train/entropy_nats"), _update),
     Chart("moved", "How far what trains has moved", ("train/ratio_mean", "train/clip_frac"), _moved),
+    Chart(
+        "critic",
+        "What the critic foresees",
+        ("train/value_explained", "train/value_loss", "train/value_clip_frac", "train/score"),
+        _critic,
+    ),
     Chart(
         "time",
         "Where the time goes",

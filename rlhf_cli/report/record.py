@@ -48,10 +48,17 @@ class Record:
         return self.state.started.name if self.state.started else "a run that has not begun"
 
     @property
+    def rolled_back_to(self) -> list[int]:
+        return [event.to_step for event in self.state.rollbacks]
+
+    @property
     def trained(self) -> list[GroupState]:
         """Groups behind the steps, in the order they trained."""
         ids = [group_id for step in sorted(self.state.steps) for group_id in self.state.steps[step].group_ids]
         return [self.state.groups[group_id] for group_id in ids]
+
+    def measured(self, name: str) -> bool:
+        return any(row.get(name) is not None for row in self.rows)
 
     def fates(self) -> list[tuple[str, int]]:
         """How many groups were sampled, ranked, trained on, are still open, and set aside for which reason."""

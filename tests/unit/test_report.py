@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from rlhf_cli.journal.events import (
 )
 from rlhf_cli.journal.journal import Journal, read
 from rlhf_cli.journal.metrics import METRICS, MetricsWriter, read_metrics
-from rlhf_cli.journal.replay import replay
+from rlhf_cli.journal.replay import RunState, replay
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.fingerprint import Stage
 from rlhf_cli.report.build import build_report
+from rlhf_cli.report.guards import ages_section
 from rlhf_cli.report.plots import CHARTS, smooth
+from rlhf_cli.report.record import load
 
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -103,8 +106,9 @@ def test_every_number_in_the_tables_is_the_one_in_the_metrics(finished: Path) ->
     metrics = read_metrics(finished / "metrics.jsonl")
     for chart in CHARTS:
         names = [name for name in chart.names if any(name in row for row in metrics)]
-        if not names:  # what the learner of this run does not measure
-            assert f"<h3>{chart.title}</h3><p>Not measured in this run." in markup
+        if chart.names[0] not in names:  # what the learner of this run does not measure
+            assert f"<h3>{chart.title}</h3>" not in markup
+            assert chart.title.lower() in Page(markup).text[Page(markup).text.index("Not measured in this run: ") :]
             continue
         expected = [[str(row["step"]), *(format(row[name], METRICS[name].form) for name in names)] for row in metrics]
 
@@ -292,7 +296,7 @@ def test_gaps_in_the_metrics_are_gaps(tmp_path: Path) -> None:
     markup = report(tmp_path)
 
     assert rows_of(markup, "Distance from the reference") == [["1", "1.00"], ["2", "\u2013"]]
-    assert "Not measured in this run." in Page(markup).text
+    assert "Not measured in this run: reward, votes" in Page(markup).text
 
 
 def test_very_long_runs_have_thinned_tables_that_say_so(tmp_path: Path) -> None:
@@ -324,6 +328,7 @@ def test_the_report_tells_what_guards_did_and_how_old_the_votes_were(tmp_path: P
         )
     page = Page(build_report(tmp_path).read_text())
     assert "noted" in page.text
+    assert "Red lines: rolled back to step 3" in page.text
     assert "2.12" in page.text
     assert "rolled back to step 3, beta 2 times the recipe's from there on" in page.text
     state = replay(read(run.journal))
@@ -332,6 +337,32 @@ def test_the_report_tells_what_guards_did_and_how_old_the_votes_were(tmp_path: P
     oldest = max(group.step - 1 - group.sampled.policy_step for group in trained if group.step is not None)
     ages = page.text[page.text.index("Age of every trained vote") :]
     assert re.search(rf"share of votes(.*\D)?{oldest}\d", ages)
+
+
+def test_what_a_model_expected_of_people_is_not_counted_as_their_votes(tmp_path: Path) -> None:
+    record = load(make_run(tmp_path, steps=4))
+    votes = sum(group.ranked.matrix().votes for group in record.trained if group.ranked)
+    assert f"<td>{votes:,.0f}</td>" in ages_section(replace(record, state=_one_age(record.state)))
+    first = record.trained[0]
+    assert first.ranked is not None
+    by_model = replace(first, ranked=first.ranked.model_copy(update={"source": "reward_model:v1"}))
+    record.state.groups[first.sampled.group_id] = by_model
+    fewer = votes - first.ranked.matrix().votes
+    assert f"<td>{fewer:,.0f}</td>" in ages_section(replace(record, state=_one_age(record.state)))
+    for name, group in record.state.groups.items():
+        if group.ranked is not None:
+            by_model = replace(group, ranked=group.ranked.model_copy(update={"source": "reward_model:v1"}))
+            record.state.groups[name] = by_model
+    assert "votes of people" not in ages_section(record)
+
+
+def _one_age(state: RunState) -> RunState:
+    """The same with every group sampled at the step before the one that trained on it."""
+    groups = {
+        name: replace(g, sampled=g.sampled.model_copy(update={"policy_step": (g.step or 1) - 1}))
+        for name, g in state.groups.items()
+    }
+    return replace(state, groups=groups)
 
 
 def test_a_run_in_which_no_guard_tripped_has_no_word_about_them(tmp_path: Path) -> None:

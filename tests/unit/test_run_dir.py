@@ -95,16 +95,18 @@ def test_the_environment_names_versions_and_no_secret(tmp_path: Path, monkeypatc
     assert "RAPIDATA" not in text
 
 
-def test_the_last_row_of_a_step_wins_and_a_torn_row_is_ignored(tmp_path: Path) -> None:
+def test_the_last_figure_of_a_step_wins_and_a_torn_row_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.append(2, {"reward/mean": 0.5, "train/loss": float("nan")})
     writer.append(1, {"reward/mean": 0.25})
     writer.append(2, {"reward/mean": 0.75})
+    writer.append(2, {"train/loss": 0.1})  # trained again after a crash, with nothing sampled for it
     with path.open("ab") as out:
         out.write(b'{"step": 3, "rew\xc3')
 
     assert [(row["step"], row["reward/mean"]) for row in read_metrics(path)] == [(1, 0.25), (2, 0.75)]
+    assert read_metrics(path)[-1]["train/loss"] == 0.1
 
     MetricsWriter(path).append(3, {"reward/mean": 1.0})  # after the crash: not glued to the torn row
     assert read_metrics(path)[-1]["reward/mean"] == 1.0
