@@ -51,7 +51,6 @@ class Answers:
         """Of all answers, as far as they were counted."""
         self.dearest = 0
         """Most tokens of one."""
-        self._decided = self._first = 0
         before = path.read_bytes() if path.exists() else b""
         for line in before.split(b"\n"):
             try:
@@ -63,11 +62,6 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self._known)
-
-    @property
-    def position_bias(self) -> float | None:
-        """How much more than half of the verdicts went to the answer that was shown first; None without any."""
-        return self._first / self._decided - 0.5 if self._decided else None
 
     @staticmethod
     def key(url: str, model: str, question: str) -> str:
@@ -95,6 +89,3 @@ class Answers:
         self._known[key] = answer
         self.tokens += answer.tokens or 0
         self.dearest = max(self.dearest, answer.tokens or 0)
-        if answer.for_first in (0.0, 1.0):
-            self._decided += 1
-            self._first += answer.for_first == 1.0

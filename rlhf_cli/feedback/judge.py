@@ -60,6 +60,8 @@ class JudgeFeedback(InBackground):
         self._slots = asyncio.Semaphore(judge.at_once)
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
         self._questions = self._cached = self._unusable = self._pairs = self._inconsistent = self._groups = 0
+        self._clear = self._first = 0
+        """Verdicts that name one side, and those for what was shown first."""
 
     def status(self) -> dict[str, float]:
         row = {
@@ -67,8 +69,8 @@ class JudgeFeedback(InBackground):
             "judge/requests_total": float(self._endpoint.requests),
             "judge/usd": self._usd(self._answers.tokens),
         }
-        if (bias := self._answers.position_bias) is not None:
-            row["judge/position_bias"] = bias
+        if self._clear:
+            row["judge/position_bias"] = self._first / self._clear - 0.5
         if self._questions:
             row["judge/cached_frac"] = self._cached / self._questions
             row["judge/unusable_frac"] = self._unusable / self._questions
@@ -141,6 +143,8 @@ class JudgeFeedback(InBackground):
                 reasons.append(f"its last line is none of A, B, tie: {answer.text.strip()[-80:]!r}")
         self._questions += 1
         self._unusable += verdict is None
+        self._clear += verdict in (0, 1)
+        self._first += verdict == 1
         return verdict
 
     async def _answer(self, asked: str) -> Answer:

@@ -107,6 +107,15 @@ def test_a_judge_that_always_names_one_side_says_nothing_and_its_bias_is_shown(
     assert status["judge/inconsistent_frac"] == 1
 
 
+def test_the_bias_of_one_judge_is_not_mixed_with_that_of_another_in_the_same_run_folder(tmp_path: Path) -> None:
+    one = group(1, ["a", "bb", "ccc"])
+    for model, text, bias in (("first", "A", 0.5), ("second", "B", -0.5), ("first", "A", 0.5)):
+        with served(always(text)) as endpoint, judged(endpoint.url, tmp_path, model=model) as asked:
+            asked.submit(one)
+            asked.ranked(one)
+            assert asked.feedback.status()["judge/position_bias"] == bias
+
+
 def test_a_tie_in_one_order_halves_that_order_alone(tmp_path: Path) -> None:
     async def answer(body: Any) -> Response:
         return reply("A" if shown(body) == ("a", "bb") else "tie")
