@@ -37,6 +37,8 @@ class Seen:
     """Of the supervised stage that runs."""
     ranked: list[float] = field(default_factory=list)
     """Votes of each group ranked since the last step."""
+    rollbacks: int = 0
+    """Since this process began."""
 
     def event(self, event: Event) -> None:
         match event:
@@ -59,6 +61,7 @@ class Seen:
                 self.ranked.clear()
             case RolledBack():
                 self.step = event.to_step
+                self.rollbacks += 1
                 for series in (self.reward, self.kl):
                     for step in [step for step in series if step > event.to_step]:
                         del series[step]
@@ -67,6 +70,8 @@ class Seen:
 
     def metrics(self, step: int, row: Mapping[str, float]) -> None:
         self.step = step
+        if "reward/mean" in row:
+            self.now.pop("reward/length_controlled", None)  # one of an earlier step says nothing beside it
         self.now |= row
         for name, series in (
             ("reward/mean", self.reward),
@@ -91,8 +96,7 @@ def panel(seen: Seen, width: int) -> list[Text]:
     if seen.stage in _SUPERVISED:
         lines += _supervised(seen, width)
     elif "run/steps_total" in seen.now or seen.step:
-        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_model(seen), *_judge(seen)]
-        lines += _pace(seen, width)
+        lines += [_reward(seen, width), _kl(seen, width), *_votes(seen, width), *_known(seen), *_pace(seen, width)]
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -166,7 +170,9 @@ def _kl(seen: Seen, width: int) -> Text:
     soft, hard = seen.now.get("kl/soft_nats", math.inf), seen.now.get("kl/hard_nats", math.inf)
     colour = "red" if values[-1] >= hard else "yellow" if values[-1] >= soft else "green"
     caps = "".join(f"  {name} {cap:g}" for name, cap in (("soft", soft), ("hard", hard)) if cap < math.inf)
-    return _row("KL", (sparkline(values, width // 4), colour), (f"  {values[-1]:.2f} nats", "bold"), (caps, "dim"))
+    back = f"  rolled back {seen.rollbacks} times" if seen.rollbacks > 1 else "  rolled back" if seen.rollbacks else ""
+    bar = (sparkline(values, width // 4), colour)
+    return _row("KL", bar, (f"  {values[-1]:.2f} nats", "bold"), (caps, "dim"), (back, "yellow"))
 
 
 def _votes(seen: Seen, width: int) -> list[Text]:
@@ -191,26 +197,40 @@ def _votes(seen: Seen, width: int) -> list[Text]:
     return [*lines, _row("people" if lines else "votes", facts)] if facts else lines
 
 
-def _model(seen: Seen) -> list[Text]:
-    """How far people agree with the reward model that answers beside them."""
-    facts = _facts(
-        seen.now,
+_KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
+    "select": (
+        ("selection/people_frac", "people see {:.0%} of groups"),
+        ("selection/random_total", "{:.0f} drawn at random"),
+    ),
+    "model": (
         ("rm/version", "version {:.0f}"),
         ("rm/agreement", "agrees with {:.0%} of people's votes"),
         ("rm/heldout_accuracy", "{:.0%} held out"),
-    )
-    return [_row("model", facts)] if facts else []
-
-
-def _judge(seen: Seen) -> list[Text]:
-    """What a language model that compares has shown of itself."""
-    facts = _facts(
-        seen.now,
+    ),
+    "drift": (
+        ("drift/z_max", "{:.1f} standard errors at most"),
+        ("drift/cluster_worst", "in cluster {:.0f}"),
+        ("drift/rounds_total", "{:.0f} targeted rounds"),
+        ("drift/round_groups", "{:.0f} groups to come"),
+    ),
+    "judge": (
         ("judge/position_bias", "position bias {:+.1%}"),
         ("judge/inconsistent_frac", "{:.0%} of pairs contradict"),
         ("judge/cached_frac", "{:.0%} from disk"),
-    )
-    return [_row("judge", facts)] if facts else []
+    ),
+    "learner": (
+        ("train/accuracy", "agrees with {:.0%} of the votes"),
+        ("train/beta", "beta {:.3f}"),
+        ("train/entropy_nats", "entropy {:.2f} nats"),
+        ("train/clip_frac", "{:.0%} clipped"),
+    ),
+}
+"""Rows of facts, each left out where nothing of it is known."""
+
+
+def _known(seen: Seen) -> list[Text]:
+    rows = ((label, _facts(seen.now, *wanted)) for label, wanted in _KNOWN.items())
+    return [_row(label, facts) for label, facts in rows if facts]
 
 
 def _bar(votes: float, limits: Sequence[float | None], width: int) -> tuple[str, str]:

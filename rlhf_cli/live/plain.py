@@ -31,6 +31,7 @@ _STEP = {  # short names, because a line should fit a log viewer
     "flow/latency_p95_s": ("latency_p95_s", ".1f"),
     "rm/version": ("rm_version", ".0f"),
     "rm/agreement": ("rm_agreement", ".3f"),
+    "drift/z_max": ("drift_z", ".1f"),
     "staleness/mean_steps": ("staleness", ".1f"),
     "reward/length_controlled": ("reward_at_equal_length", ".3f"),
     "length/mean_tokens": ("tokens", ".0f"),

@@ -279,6 +279,28 @@ def test_agreement_of_model_and_people_is_shown_where_both_answer() -> None:
     assert out.getvalue() == "step=3 rm_version=3 rm_agreement=0.714\n"
 
 
+def test_whom_people_see_what_drifts_and_how_the_learner_does_is_shown_where_it_is_known() -> None:
+    seen = seen_run()
+    seen.status({"selection/people_frac": 0.25, "selection/random_total": 3.0})
+    seen.status({"drift/z_max": 1.24, "drift/cluster_worst": 2.0, "drift/rounds_total": 1.0, "drift/round_groups": 5.0})
+    seen.metrics(4, {"train/accuracy": 0.617, "train/beta": 0.2})
+    lines = [line.plain for line in panel(seen, 100)]
+    assert "select  people see 25% of groups \u00b7 3 drawn at random" in lines
+    assert (
+        "drift   1.2 standard errors at most \u00b7 in cluster 2 \u00b7 1 targeted rounds \u00b7 5 groups to come"
+        in lines
+    )
+    assert "learner agrees with 62% of the votes \u00b7 beta 0.200" in lines
+
+
+def test_a_reward_at_equal_length_of_an_earlier_step_is_not_shown_beside_a_later_reward() -> None:
+    seen = seen_run()
+    seen.metrics(4, {"reward/mean": 1.0, "reward/length_controlled": 0.5})
+    assert "0.500 at equal length" in "\n".join(line.plain for line in panel(seen, 100))
+    seen.metrics(5, {"reward/mean": 2.0})
+    assert "at equal length" not in "\n".join(line.plain for line in panel(seen, 100))
+
+
 def test_how_far_a_judge_contradicts_itself_is_shown_where_one_compares() -> None:
     seen = seen_run()
     assert not any(line.plain.startswith("judge") for line in panel(seen, 100))
@@ -410,5 +432,5 @@ def test_after_a_roll_back_the_steps_that_were_given_up_are_gone_from_the_pictur
     seen.event(RolledBack(guard="kl", value=40, limit=30, from_step=4, to_step=2, checkpoint=None, beta_scale=2))
     assert (seen.step, sorted(seen.reward), sorted(seen.kl)) == (2, [1, 2], [1, 2])
     text = "\n".join(line.plain for line in panel(seen, 100))
-    assert "20.00 nats" in text
+    assert "20.00 nats  rolled back" in text
     assert "40 characters" in text
