@@ -290,8 +290,8 @@ class Selection(Section):
 class Refresh(Section):
     """Refit the reward model on people's votes while the policy trains."""
 
-    every_groups: int = Field(16, ge=1)
-    """Groups that people decided between two refits."""
+    every_groups: int = Field(16, ge=2)
+    """Groups that people decided between two refits; at least one of them is held out."""
     heldout_share: Share = 0.2
     """Part of the fresh groups that is kept to decide whether a refit is published."""
 

@@ -74,6 +74,8 @@ def _who_compares(recipe: Plain) -> Broken:
         yield key, "reward_model feedback needs a `train_rm` section to make the model"
     if recipe.has("run_online", "judge") and "judge" not in (feedback, recipe.value("eval", "judge")):
         yield ("run_online", "judge"), "nobody asks it: neither run_online.feedback nor eval.judge is `judge`"
+    if feedback not in ("votes", "hybrid") and recipe.value("run_online", "incomplete") != "use":
+        yield ("run_online", "incomplete"), f"is about people who gave few votes; {feedback} feedback asks none"
     if feedback == "hybrid":
         if not recipe.has("flow"):
             yield key, "hybrid feedback asks people too: add a `flow` section, or use reward_model feedback"

@@ -58,7 +58,9 @@ NO_FLOW = (
         ([HYBRID, NO_RM], "20:3: run_online.feedback: hybrid feedback needs a `train_rm` section"),
         ([HYBRID, ("dataset: votes.jsonl", "dataset: votes.jsonl\n  kind: pairwise")], "23:3: run_online.feedback: hybrid feedback needs rewards, which a pairwise model has none of"),
         ([HYBRID, ("service: embedded", "service: replay")], "22:3: run_online.feedback: replay gives votes to the groups they were given to"),
+        ([FUNCTION, ("kl:", "incomplete: drop\n  kl:")], "26:3: run_online.incomplete: is about people who gave few votes"),
         # what people see
+        ([HYBRID, ("kl:", "refresh: {every_groups: 1}\n  kl:")], "26:13: run_online.refresh.every_groups: must be at least 2"),
         ([FUNCTION, ("kl:", "selection: {by: diverse}\n  kl:")], "26:3: run_online.selection: chooses what people see, and function feedback asks none"),
         ([NO_RM, ("kl:", "selection: {}\n  kl:")], "23:3: run_online.selection.by: uncertainty is a reward model's: add a `train_rm` section"),
         ([("kl:", "selection: {by: drifting}\n  kl:")], "25:15: run_online.selection.by: drifting groups are those where model and people disagree"),
