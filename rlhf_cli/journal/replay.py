@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,6 +169,22 @@ def replay(entries: Iterable[Entry]) -> RunState:
     for entry in entries:
         state = _after(state, entry)
     return state
+
+
+def attempts(entries: Sequence[Entry]) -> Iterator[RunState]:
+    """The state at the end of each attempt at run-online, with the groups of that attempt; the last one is `replay`'s.
+
+    Raises:
+        RunDamaged: As `replay`.
+    """
+    attempt = 0
+    for n, entry in enumerate(entries):
+        event = entry.event
+        if isinstance(event, StageStarted) and event.stage == ONLINE and event.attempt != attempt:
+            if attempt:
+                yield replay(entries[:n])
+            attempt = event.attempt
+    yield replay(entries)
 
 
 def _after(state: RunState, entry: Entry) -> RunState:

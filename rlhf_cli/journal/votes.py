@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.journal.journal import read
-from rlhf_cli.journal.replay import GroupState, replay
+from rlhf_cli.journal.replay import GroupState, attempts
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.recipe.votes import VotedGroup
 from rlhf_cli.types import Message, WinMatrix
@@ -17,8 +17,9 @@ from rlhf_cli.types import Message, WinMatrix
 def read_run_votes(run_dir: Path) -> list[VotedGroup]:
     """Every group of the run that people voted on, with all their votes.
 
-    Also those that no policy step could use: votes that came after their group was decided, and those on groups that
-    were set aside. What a model said in people's place is left out: a reward model would learn from itself.
+    Also those that no policy step could use: votes that came after their group was decided, those on groups that were
+    set aside, and those of attempts that --fresh gave up. What a model said in people's place is left out: a reward
+    model would learn from itself.
 
     Raises:
         DataError: There is no journal, or nobody voted in it.
@@ -27,10 +28,10 @@ def read_run_votes(run_dir: Path) -> list[VotedGroup]:
     path = RunDir(run_dir).journal
     if not path.exists():
         raise DataError(f"{run_dir}: no run folder, it has no journal.jsonl")
-    state = replay(read(path))
-    source = state.started.name if state.started else run_dir.name
+    states = list(attempts(read(path)))
+    source = states[-1].started.name if states[-1].started else run_dir.name
     groups = []
-    for group in state.groups.values():
+    for group in (group for state in states for group in state.groups.values()):
         wins, sampled = _by_people(group), group.sampled
         if wins is None or not wins.votes:
             continue

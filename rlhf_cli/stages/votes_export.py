@@ -17,9 +17,8 @@ from pydantic import Field
 from rlhf_cli.errors import DataError
 from rlhf_cli.feedback.items import Shown
 from rlhf_cli.flow.wire import Body, Outcome
-from rlhf_cli.journal.events import StageStarted
-from rlhf_cli.journal.journal import Entry, read
-from rlhf_cli.journal.replay import ONLINE, GroupState, replay
+from rlhf_cli.journal.journal import read
+from rlhf_cli.journal.replay import GroupState, attempts
 from rlhf_cli.journal.run_dir import RunDir
 from rlhf_cli.server.store import Store
 from rlhf_cli.server.times import iso
@@ -119,21 +118,8 @@ def _groups(run: RunDir, part: Part) -> Iterator[Voted]:
     else:
         journals = [*sorted(run.eval_journal.parent.glob("journal.replaced-*.jsonl")), run.eval_journal]
     for journal in journals:
-        for entries in _attempts(read(journal)):
-            state = replay(entries)
+        for state in attempts(read(journal)):
             yield from (Voted(state.attempt, group, _wins(group)) for group in state.groups.values())
-
-
-def _attempts(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """The journal up to the end of each attempt at run-online: replayed, it ends with the groups of that attempt."""
-    attempt = 0
-    for n, entry in enumerate(entries):
-        event = entry.event
-        if isinstance(event, StageStarted) and event.stage == ONLINE and event.attempt != attempt:
-            if attempt:
-                yield entries[:n]
-            attempt = event.attempt
-    yield entries
 
 
 def _wins(group: GroupState) -> np.ndarray[Any, np.dtype[np.float64]] | None:

@@ -229,6 +229,9 @@ def test_votes_that_no_step_could_use_are_still_data_for_a_reward_model(tmp_path
             ItemEnded(group_id="twice", item_id="4", state="Incomplete", votes=3, wins=first),
             ranked("twice", "item:4+5"),  # of both items, the one before among them
             GroupSetAside(group_id="none", reason="degenerate: all completions are empty"),
+            StageStarted(stage="run-online", fingerprint="f", attempt=2),  # --fresh
+            sampled("fresh", 0),
+            ranked("fresh", "item:6"),
         ):
             journal.append(event)
     both = [[0.0, 2.0], [4.0, 0.0]]
@@ -236,6 +239,7 @@ def test_votes_that_no_step_could_use_are_still_data_for_a_reward_model(tmp_path
         "late": both,
         "dropped": both,
         "twice": [list(row) for row in first],
+        "fresh": [list(row) for row in first],
     }
 
 
