@@ -335,12 +335,13 @@ class Flow(Section):
 
 
 class Budget(Section):
-    """What a run may spend; votes asked for count in advance. Reaching a limit ends the run with exit code 6."""
+    """What `run-online` may spend; votes asked for count in advance. Reaching a limit ends it with exit code 6; with
+    `hybrid` feedback it goes on without people. What `eval` asks comes on top."""
 
     votes: int | None = Field(None, ge=1)
-    """Votes in all."""
+    """Votes, those of attempts that `--fresh` gave up included."""
     usd: float | None = Field(None, gt=0)
-    """Money in all, at the price of `usd_per_1k_votes`, and of a judge's tokens."""
+    """Money, at the price of `usd_per_1k_votes`, and of a judge's tokens."""
     usd_per_1k_votes: float = Field(0.0, ge=0)
     """Price of 1,000 votes."""
     deadline: Duration | None = None
