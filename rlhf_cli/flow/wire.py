@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -473,3 +474,11 @@ class CastVote(BaseModel):
     outcome: Outcome
     response_ms: int | None = Field(None, ge=0, le=86_400_000)
     segments: tuple[CastSegment, ...] = Field((), max_length=MAX_SEGMENTS)
+
+    @model_validator(mode="after")
+    def _apart(self) -> CastVote:
+        """One rater has one say about a character, however marks of all raters are added up."""
+        in_order = sorted(self.segments, key=lambda s: (s.side, s.start))
+        if any(a.side == b.side and a.end > b.start for a, b in pairwise(in_order)):
+            raise ValueError("marks of a vote do not overlap")
+        return self

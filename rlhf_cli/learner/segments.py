@@ -24,10 +24,10 @@ def segment_weights(
     """Weights of the tokens of a completion where it wins, and where it loses; their mean is 1.
 
     What is marked as good weighs `weight` times as much as the rest where the completion wins, what is marked as bad
-    where it loses. A character counts as marked so when more raters marked it so than the other way.
+    where it loses. A character counts as marked so when it was in more votes than the other way.
 
     Args:
-        segments: Marks in this completion, of all raters.
+        segments: Marks in this completion, of all votes.
     """
     tokens = len(completion.token_ids)
     if not segments:

@@ -118,6 +118,21 @@ async def test_a_vote_may_have_64_marks_and_no_more(http: httpx.AsyncClient, wor
     assert (await http.post(f"/vote/{lease['lease']}", json=most, headers=rater)).status_code == 204
 
 
+async def test_one_vote_marks_no_character_twice(http: httpx.AsyncClient, world: World) -> None:
+    """Else one rater would outweigh all others where marks are pooled."""
+    item(world.store)
+    rater = token(world, "rater")
+    lease = (await http.post("/vote/lease", headers=rater)).json()
+    for start, code in ((1, 400), (2, 204)):
+        marks = [
+            {"side": "left", "start": start, "end": 5, "good": True},
+            {"side": "right", "start": 0, "end": 5, "good": True},
+            {"side": "left", "start": 0, "end": 2, "good": False},
+        ]
+        vote = {"outcome": "left", "segments": marks}
+        assert (await http.post(f"/vote/{lease['lease']}", json=vote, headers=rater)).status_code == code
+
+
 async def test_only_marks_of_votes_that_count_are_served(world: World, clock: Clock) -> None:
     item_id = item(world.store)
     mark(world, "short", good=True)
