@@ -49,6 +49,8 @@ class Seen:
                     self.loss.clear()
             case StageFinished():
                 self.stage = ""
+                if event.stage in _SUPERVISED:
+                    self.step = 0  # its steps are none of the loop's
             case FlowOpened():
                 self.now |= {
                     "flow/min_votes": event.min_votes,
