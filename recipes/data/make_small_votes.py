@@ -1,7 +1,7 @@
 """Makes small_votes.jsonl and small_votes_heldout.jsonl: simulated raters who like vowels, two votes on every pair.
 
-The answers are nonsense of words and random letters, as tiny models write it. Run it from the root of the project:
-`python recipes/data/make_small_votes.py`. The same files come out each time.
+The answers are nonsense of pieces of sentences and random letters, with and without repetitions, as tiny models write
+it. `python recipes/data/make_small_votes.py` makes the same files each time.
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ RATERS = 2
 AGREEMENT = 0.85
 
 
-def answer(words: list[str], rng: random.Random) -> str:
-    """Up to eight words, a third of them made of random letters, of which a random share are vowels."""
+def answer(sentences: list[list[str]], rng: random.Random) -> str:
+    """Up to 14 words drawn from a few: from one word again and again to pieces of many sentences and random letters."""
     vowels = rng.random()
 
-    def word() -> str:
-        if rng.random() > 1 / 3:
-            return rng.choice(words)
-        return "".join(
-            rng.choice("aeiou" if rng.random() < vowels else string.ascii_lowercase) for _ in range(rng.randint(3, 7))
-        )
+    def piece() -> list[str]:
+        if rng.random() < 0.2:
+            letter = [rng.choice("aeiou" if rng.random() < vowels else string.ascii_lowercase) for _ in range(5)]
+            return ["".join(letter[: rng.randint(1, 5)])]
+        sentence = rng.choice(sentences)
+        start = rng.randrange(len(sentence))
+        return sentence[start : start + rng.randint(1, 4)]
 
-    return " ".join(word() for _ in range(rng.randint(3, 8)))
+    pieces = [piece() for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 12)))]
+    words: list[str] = []
+    length = rng.randint(4, 14)
+    while len(words) < length:
+        words += rng.choice(pieces)
+    return " ".join(words[:length])
 
 
 def wins(answers: list[str], rng: random.Random) -> list[list[int]]:
@@ -51,12 +57,11 @@ def wins(answers: list[str], rng: random.Random) -> list[list[int]]:
 def main() -> None:
     rng = random.Random(7)
     prompts = [prompt.messages[-1].content for prompt in read_prompts(HERE / "everyday_train.jsonl")]
-    sentences = [json.loads(line)["messages"][-1]["content"] for line in (HERE / "smoke_sft.jsonl").open()]
-    words = sorted({word.strip(".,:!?") for sentence in sentences for word in sentence.split()} - {""})
-    for name, some in {"small_votes": prompts[:128], "small_votes_heldout": prompts[128:160]}.items():
+    sentences = [json.loads(line)["messages"][-1]["content"].split() for line in (HERE / "smoke_sft.jsonl").open()]
+    for name, some in {"small_votes": 2 * prompts[:160], "small_votes_heldout": prompts[160:]}.items():
         with (HERE / f"{name}.jsonl").open("w") as file:
             for prompt in some:
-                answers = [answer(words, rng) for _ in range(ANSWERS)]
+                answers = [answer(sentences, rng) for _ in range(ANSWERS)]
                 row = {"prompt": prompt, "completions": answers, "wins": wins(answers, rng)}
                 file.write(json.dumps(row) + "\n")
 
