@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,12 +88,20 @@ class InBackground(ABC):
     async def _serve(self) -> None:
         """Answer what comes into `_inbox`, with `_rank` or `_set_aside`, until cancelled; an error ends the asking."""
 
-    def _rank(self, waiting: Waiting, source: str, wins: object, *, complete: bool, scores: object = None) -> None:
+    def _rank(
+        self,
+        waiting: Waiting,
+        source: str,
+        wins: object,
+        *,
+        complete: bool,
+        scores: Sequence[float | None] | None = None,
+    ) -> None:
         """Journal and hand out what was decided.
 
         Args:
             wins: (G, G), as in `WinMatrix`.
-            scores: (G,), or None.
+            scores: (G,), None for a completion that has none; or None.
         """
         latency_s = time.monotonic() - waiting.since
         event = GroupRanked(
@@ -102,7 +110,7 @@ class InBackground(ABC):
             wins=tuple(tuple(row) for row in np.asarray(wins, dtype=np.float64).tolist()),
             latency_s=latency_s,
             complete=complete,
-            scores=None if scores is None else tuple(np.asarray(scores, dtype=np.float64).tolist()),
+            scores=None if scores is None else tuple(scores),
         )
         self._journal(event)
         self._latencies_s.append(latency_s)

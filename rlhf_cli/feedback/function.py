@@ -140,7 +140,7 @@ class FunctionFeedback(InBackground, ABC):
                 complete = None not in scores
                 self._latest.append(fmean(score for score in scores if score is not None))
                 self._mean = {"function/score_mean": fmean(self._latest)}
-                self._rank(one, self._source, wins_of(scores), complete=complete, scores=scores if complete else None)
+                self._rank(one, self._source, wins_of(scores), complete=complete, scores=scores)
 
 
 class PythonFeedback(FunctionFeedback):

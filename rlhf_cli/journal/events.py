@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from typing import Annotated, Literal
 
@@ -178,7 +179,7 @@ class GroupRanked(_Event):
     wins: tuple[tuple[float, ...], ...]
     latency_s: float
     complete: bool
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float | None, ...] | None = None
     segments: tuple[tuple[int, int, int, bool], ...] = ()
     """Completion, start, end, good; see `types.Segment`."""
 
@@ -193,8 +194,9 @@ class GroupRanked(_Event):
     def ranked(self, group: Group) -> RankedGroup:
         """`group` with what this event says about it."""
         segments = tuple(Segment(*segment) for segment in self.segments)
+        scores = None if self.scores is None else tuple(math.nan if s is None else s for s in self.scores)
         return RankedGroup(
-            group, self.matrix(), self.source, self.latency_s, self.complete, scores=self.scores, segments=segments
+            group, self.matrix(), self.source, self.latency_s, self.complete, scores=scores, segments=segments
         )
 
 

@@ -24,7 +24,7 @@ def group_scores(ranked: RankedGroup, per_char: float = 0.0) -> Floats:
             was penalised there, in scores and win matrix alike.
 
     Returns:
-        NaN for a completion that nobody compared: the ranking would say it is average, and nobody said that.
+        NaN for a completion that nobody compared or scored: the ranking would say it is average, and nobody said that.
     """
     if ranked.scores is not None:
         return np.array(ranked.scores, dtype=np.float64)

@@ -21,6 +21,7 @@ from rlhf_cli.errors import CredentialsError, DataError, FlowRefused, FlowUnavai
 from rlhf_cli.feedback.function import HttpFeedback, PythonFeedback, load_function
 from rlhf_cli.flow.credentials import Credentials
 from rlhf_cli.journal.events import GroupRanked, GroupSetAside
+from rlhf_cli.learner.scores import group_scores
 from rlhf_cli.types import Feedback
 
 Scores = Callable[[list[dict[str, Any]]], Any]
@@ -92,8 +93,20 @@ def test_a_completion_without_a_label_has_no_vote_and_the_others_are_ranked() ->
         ranked = asked.ranked(one)
         assert asked.feedback.status()["function/score_mean"] == 0.75  # of those that there are
     assert ranked.wins.wins.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
-    assert ranked.scores is None
+    assert ranked.scores == (1, math.nan, 0.5)  # on the scale of the function, not on that of a ranking
     assert not ranked.complete
+
+
+def test_what_a_function_gave_is_learned_from_on_its_own_scale_where_it_left_one_out() -> None:
+    """Also after a restart, from the journal. A penalty for length is taken once."""
+    one = group(1, ["aaaa", "bb", "cccccc"])
+    with python(lambda groups: [[100, None, 300] for _ in groups], penalty=1.0) as asked:
+        asked.submit(one)
+        live = asked.ranked(one)
+    (event,) = [entry.event for entry in asked.disk.entries if isinstance(entry.event, GroupRanked)]
+    again = GroupRanked.model_validate_json(event.model_dump_json()).ranked(one)
+    for ranked in (live, again):
+        assert group_scores(ranked, per_char=1.0).tolist() == pytest.approx([96, math.nan, 294], nan_ok=True)
 
 
 def test_a_learner_that_needs_every_score_gets_no_group_without_one() -> None:
