@@ -107,20 +107,21 @@ class Stream:
         self._sampled_after = max((g.sampled.policy_step for g in state.groups.values() if not g.void), default=-1)
         """Steps that the policy had taken when it sampled last; also before a restart, which must not sample again."""
         self._recorded = [state.steps[s] for s in sorted(state.steps)]
-        self._ranked = {
-            g.sampled.group_id: g.ranked.ranked(g.sampled.group())
-            for g in state.groups.values()
-            if g.ranked is not None and g.set_aside is None
-        }
-        self.ready.extend(self._ranked[g.sampled.group_id] for g in state.ready_groups)
+        self._known = state.groups
+        self.ready.extend(self._ranked(g.sampled.group_id) for g in state.ready_groups)
 
     def __iter__(self) -> Iterator[Batch]:
         since_checkpoint = self._recorded[self.step :]
         for recorded in since_checkpoint:  # after a crash: exactly as they were
-            groups = [self._ranked[group_id] for group_id in recorded.group_ids]
+            groups = [self._ranked(group_id) for group_id in recorded.group_ids]
             yield self._deliver(Batch(groups, recorded.beta or self.beta))
         while True:
             yield self._deliver(Batch(self._next_groups(), self._beta()))
+
+    def _ranked(self, group_id: str) -> RankedGroup:
+        known = self._known[group_id]
+        assert known.ranked is not None  # replay lets no step train on a group without votes
+        return known.ranked.ranked(known.sampled.group())
 
     def _next_groups(self) -> list[RankedGroup]:
         """Sample, ask and wait until a step's worth of groups is ranked; the oldest sampled go first."""
