@@ -142,7 +142,7 @@ class DriftWatch:
         chosen = {g.sampled.group_id: g.chosen for g in state.groups.values() if g.chosen is not None}
         for group_id, choice in chosen.items():
             self.chosen(state.groups[group_id].sampled.group(), choice.model_copy(update={"why": "random"}))
-        ranked = [(g.ranked_seq, g.ranked) for g in state.groups.values() if g.ranked is not None]
+        ranked = [(g.ranked_seq, g.ranked) for g in state.groups.values() if g.ranked_seq >= 0]
         latest: int | None = None
         for _, event in sorted([*ranked, *state.drift], key=lambda pair: pair[0]):
             latest = None

@@ -87,7 +87,7 @@ class HybridFeedback:
         states = list(state.groups.values())
         if self._refresher is not None:
             self._refresher.resume(state, entries)
-        for known in sorted((s for s in states if s.ranked is not None), key=lambda s: s.ranked_seq):
+        for known in sorted((s for s in states if s.ranked_seq >= 0), key=lambda s: s.ranked_seq):
             assert known.ranked is not None
             if known.chosen is not None and known.ranked.by_people:
                 self._compare(known.chosen, known.ranked.matrix())

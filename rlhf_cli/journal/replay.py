@@ -73,7 +73,8 @@ class GroupState:
     ranked: GroupRanked | None = None
     """The first terminal snapshot; later ones never replace it."""
     ranked_seq: int = -1
-    """Place of that snapshot in the journal: steps take groups in this order."""
+    """Place of that snapshot in the journal: steps take groups in this order. -1 where the group was set aside before,
+    for too few votes: they are kept for a reward model, and nobody else was told of them."""
     set_aside: str | None = None
     decided_at: float | None = None
     """Unix time at which it was ranked or set aside."""
@@ -286,7 +287,8 @@ def _group(
                 raise _damaged(entry, f"group {event.group_id} is set aside after it trained in step {group.step}")
             group = replace(group, set_aside=event.reason, decided_at=entry.at)
         case GroupRanked() if group.ranked is None:
-            group = replace(group, ranked=event, ranked_seq=entry.seq, decided_at=entry.at)
+            seq = entry.seq if group.set_aside is None else -1
+            group = replace(group, ranked=event, ranked_seq=seq, decided_at=entry.at)
             if event.source.startswith("item:"):
                 paid = event.matrix().votes - sum(e.votes for e in group.ended if e.wins is not None)
     state = replace(state, votes_total=state.votes_total + paid)

@@ -78,7 +78,7 @@ class Guards:
         groups = [g for g in state.groups.values() if not g.void]
         self.sampled(g.sampled.group() for g in groups)
         for g in sorted(groups, key=lambda g: g.ranked_seq):
-            if g.ranked is not None:
+            if g.ranked is not None and g.ranked_seq >= 0:
                 self.ranked(g.ranked.ranked(g.sampled.group()))
 
     def sampled(self, groups: Iterable[Group]) -> None:

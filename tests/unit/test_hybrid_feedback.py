@@ -22,6 +22,7 @@ from rlhf_cli.journal.events import (
     GroupIntended,
     GroupRanked,
     GroupSampled,
+    GroupSetAside,
     RewardModelRefreshed,
     RoundEnded,
 )
@@ -192,6 +193,23 @@ def test_agreement_on_groups_drawn_at_random_is_a_figure_of_its_own_also_after_a
         status = known.feedback.status()
         assert status["rm/agreement_random"] == pytest.approx(agreed / votes)
         assert status["rm/agreement_random"] != pytest.approx(status["rm/agreement"])
+
+
+def test_too_few_votes_that_the_policy_dropped_reach_the_model_and_no_figure_also_after_a_kill(tmp_path: Path) -> None:
+    disk = Disk()
+    World(disk, tmp_path).run(GROUPS)
+    figures = [World(disk, tmp_path).feedback.status()]
+    dropped = group(GROUPS)
+    scores = (0.0, 1.0, 2.0)
+    disk.append(GroupSampled.of(dropped))
+    disk.append(GroupChosen(group_id=dropped.id, people=True, why="random", scores=scores))
+    disk.append(GroupIntended(group_id=dropped.id, key="k"))
+    disk.append(GroupSetAside(group_id=dropped.id, reason="only 1 of at least 4 votes on item i"))
+    rows = ((0.0, 9.0, 9.0), (0.0, 0.0, 9.0), (0.0, 0.0, 0.0))  # all against the model
+    disk.append(GroupRanked(group_id=dropped.id, source="item:i", wins=rows, latency_s=1.0, complete=False))
+    figures.append(World(disk, tmp_path).feedback.status())
+    assert figures[1]["rm/agreement"] == figures[0]["rm/agreement"]
+    assert figures[1]["rm/replay_groups"] == figures[0]["rm/replay_groups"] + 1
 
 
 def test_a_budget_that_is_spent_leaves_everything_to_the_model(tmp_path: Path) -> None:
