@@ -224,8 +224,8 @@ def _critic(axes: Axes, record: Record) -> None:
 
 
 def _model(axes: Axes, record: Record) -> None:
-    _line(axes, record, "rm/agreement", GREEN, "votes it had said before")
-    _line(axes, record, "rm/agreement_random", BLUE, "of groups drawn at random")
+    _line(axes, record, "rm/agreement", GREEN, "all votes")
+    _line(axes, record, "rm/agreement_random", BLUE, "random groups")
     _line(axes, record, "rm/heldout_accuracy", AMBER, "held out")
     axes.axhline(0.5, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), label="chance")
 
@@ -239,7 +239,7 @@ def _selection(axes: Axes, record: Record) -> None:
 def _drift(axes: Axes, record: Record) -> None:
     _line(axes, record, "drift/z_max", RED, "standard errors")
     _line(axes, record, "drift/rounds_total", BLUE, "targeted rounds so far")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.0, axes.get_ylim()[1]))
 
 
 def _judge(axes: Axes, record: Record) -> None:
