@@ -51,7 +51,7 @@ VOTES = 768
 BUDGETS = (96, 192, 384, 768)
 """Where the loops are compared."""
 GROUP = 8
-FIRST, FIRST_VOTES, FIRST_RATE = 128, 4, 3e-4
+FIRST, FIRST_VOTES, FIRST_RATE = 192, 4, 1e-5
 """Votes that the reward model starts with: how many, on each group, and the learning rate of the policy meanwhile."""
 REWARD_MODEL = {"epochs": 10, "learning_rate": 3e-4, "batch_size": 8}
 
@@ -71,12 +71,6 @@ class Loop:
     share: float | None = None
     """Part of the groups that people see, where a reward model answers for the others; it starts from the first
     votes."""
-    enough: float | None = None
-    """People are asked no more about a group once its best is known with this probability."""
-    soft_nats: float | None = None
-    """Soft limit of the KL, `run_online.kl.soft_nats`."""
-    expected_votes: float = 4
-    """What a group takes of people on average, where `votes` are the most."""
 
     @property
     def steps(self) -> int:
@@ -100,13 +94,11 @@ class Run:
 LOOPS = {
     "rlhf": Loop(False, votes=4, prompts=4, learning_rate=3e-4),
     "rlhf, best v. worst": Loop(False, votes=4, prompts=4, learning_rate=3e-4, learner=(("pairs", "best_worst"),)),
-    "rlhf, best v. worst, 8 votes": Loop(
-        False, votes=8, prompts=4, learning_rate=3e-4, learner=(("pairs", "best_worst"),)
-    ),
+    "rlhf, 8 votes a group": Loop(False, votes=8, prompts=4, learning_rate=3e-4),
     "TRL, 1 vote a pair": Loop(True, votes=1, prompts=16, learning_rate=3e-4),
     "TRL, 1 vote a pair, 1e-3": Loop(True, votes=1, prompts=16, learning_rate=1e-3),
     "TRL, 5 votes a pair": Loop(True, votes=5, prompts=8, learning_rate=3e-4),
-    "rlhf, selection": Loop(False, votes=4, prompts=4, learning_rate=3e-4, share=0.25),
+    "rlhf, selection": Loop(False, votes=4, prompts=4, learning_rate=3e-4, share=0.5),
 }
 COMPARED = tuple((ours, other) for ours in ("rlhf", "rlhf, selection") for other in LOOPS if other != ours)
 RATES = (1e-4, 3e-4, 1e-3)
@@ -125,7 +117,7 @@ def meter(steps: int, at: Meter, clock: Clock, points: list[Point], votes: Calla
 
     every = max(1, steps // 12)
 
-    class Measure(TrainerCallback):
+    class Measure(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
             if not points:  # else another run left what is measured already
                 measure(at, clock, points, model, 0, 0)
@@ -140,8 +132,7 @@ def meter(steps: int, at: Meter, clock: Clock, points: list[Point], votes: Calla
 class Panel:
     """People, in this process: the votes on each group come `LATENCY_S` after it was submitted.
 
-    Pairs are chosen as our server chooses them. With `enough`, nobody votes on a group any longer once the best of it
-    is known with this probability.
+    Pairs are chosen as our server chooses them.
     """
 
     def __init__(self, raters: Raters, loop: Loop, seed: int, clock: Clock, journal: Callable[[Any], object]) -> None:
@@ -168,15 +159,12 @@ class Panel:
 
         from rlhf_cli.journal.events import GroupRanked
         from rlhf_cli.ranking.pairs import choose_pair
-        from rlhf_cli.ranking.stopping import judge_best
         from rlhf_cli.types import WinMatrix
 
-        texts, enough = [c.text for c in group.completions], self._loop.enough
+        texts = [c.text for c in group.completions]
         wins_GG = np.zeros((len(texts), len(texts)))
-        for given in range(self._loop.votes):
-            if enough is not None and given and judge_best(WinMatrix(wins_GG), 0, enough).stop:
-                break
-            pair = choose_pair(WinMatrix(wins_GG), {}, (), self._rng, "ranking" if enough is None else "best")
+        for _ in range(self._loop.votes):
+            pair = choose_pair(WinMatrix(wins_GG), {}, (), self._rng)
             assert pair is not None
             i, j = pair
             if texts[i] == texts[j]:
@@ -209,10 +197,10 @@ def run_ours(loop: Loop, seed: int, start: Path, folder: Path) -> list[Point]:
         recipe = recipe_of(loop, seed, start, loop.steps)
         online(loop, recipe, folder, raters, at, clock, points)
         return points
-    first = replace(loop, votes=FIRST_VOTES, share=None, enough=None, learning_rate=FIRST_RATE)
+    first = replace(loop, votes=FIRST_VOTES, share=None, learning_rate=FIRST_RATE)
     recipe = recipe_of(first, seed, start, FIRST // (first.votes * first.prompts))
     learned = online(first, recipe, folder / "votes", raters, at, clock, points)
-    steps = round((VOTES - FIRST) / (loop.expected_votes * loop.share * loop.prompts))
+    steps = round((VOTES - FIRST) / (loop.votes * loop.share * loop.prompts))
     recipe = recipe_of(loop, seed, learned, steps)
     recipe["run_online"] |= {"feedback": "hybrid", "selection": {"share": loop.share}, "refresh": {}}
     with_model = recipe | {"train_rm": {"votes": str(folder / "votes"), "model": str(start), **REWARD_MODEL}}
@@ -237,7 +225,6 @@ def recipe_of(loop: Loop, seed: int, start: Path, steps: int) -> dict[str, Any]:
             "group_size": GROUP,
             "checkpoint_every": 1000,
             "sampling": {"max_new_tokens": NEW_TOKENS},
-            "kl": {"soft_nats": loop.soft_nats},
             "learner": {"algorithm": "dpo", "beta": BETA, "learning_rate": loop.learning_rate, **dict(loop.learner)},
         },
         "compute": {"precision": "fp32", "generator_precision": "fp32", "threads": 1},
