@@ -132,8 +132,8 @@ class RankedGroup:
     complete: bool
     """False where the time to live ended below the minimum number of votes."""
     scores: tuple[float, ...] | None = None
-    """One per completion, where the source gives scores of its own, NaN for one that it gave none; else they follow from
-    the ranking of the votes."""
+    """One per completion, where the source gives scores of its own, NaN for one that it gave none. Else they follow
+    from the ranking of the votes."""
     segments: tuple[Segment, ...] = ()
     """What raters marked."""
 

@@ -167,7 +167,7 @@ class JudgeFeedback(InBackground):
     async def _bought(self, key: str, asked: str) -> Answer:
         body = {"model": self._judge.model, "messages": [{"role": "user", "content": asked}], "temperature": 0}
         said = await self._endpoint.ask(body, _Reply)
-        answer = Answer(said.choices[0].message.content or "", said.usage.total_tokens if said.usage else None)
+        answer = Answer(said.choices[0].message.content or "", said.usage.total if said.usage else None)
         self._answers.put(key, answer)
         if answer.tokens is None and self._judge.usd_per_1m_tokens:
             raise FlowRefused(
@@ -204,7 +204,15 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    total_tokens: int = Field(ge=0)
+    """Some endpoints leave out the total, others all but the total."""
+
+    total_tokens: int | None = Field(None, ge=0)
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int = Field(0, ge=0)
+
+    @property
+    def total(self) -> int | None:
+        return self.total_tokens or (self.prompt_tokens + self.completion_tokens) or None
 
 
 class _Reply(BaseModel):
