@@ -47,9 +47,8 @@ SEEDS, TUNED_ON = (1, 2, 3, 4, 5), (98, 99)
 LATENCY_S = 2.0
 BETA = 0.1
 VOTES = 768
-"""What each run may spend."""
-BUDGETS = (96, 192, 384, 768)
-"""Where the loops are compared."""
+"""What each run may spend, if nothing else is said."""
+MEASUREMENTS = 6
 GROUP = 8
 FIRST, FIRST_VOTES, FIRST_RATE = 192, 4, 1e-5
 """Votes that the reward model starts with: how many, on each group, and the learning rate of the policy meanwhile."""
@@ -71,10 +70,11 @@ class Loop:
     share: float | None = None
     """Part of the groups that people see, where a reward model answers for the others; it starts from the first
     votes."""
+    budget: int = VOTES
 
     @property
     def steps(self) -> int:
-        return VOTES // (self.votes * self.prompts)
+        return self.budget // (self.votes * self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,10 @@ def measure(at: Meter, clock: Clock, points: list[Point], model: Any, step: int,
 
 
 def meter(steps: int, at: Meter, clock: Clock, points: list[Point], votes: Callable[[], float]) -> Any:
-    """A trainer callback that measures twelve times."""
+    """A trainer callback that measures some times."""
     from transformers import TrainerCallback
 
-    every = max(1, steps // 12)
+    every = max(1, steps // MEASUREMENTS)
 
     class Measure(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
@@ -200,7 +200,7 @@ def run_ours(loop: Loop, seed: int, start: Path, folder: Path) -> list[Point]:
     first = replace(loop, votes=FIRST_VOTES, share=None, learning_rate=FIRST_RATE)
     recipe = recipe_of(first, seed, start, FIRST // (first.votes * first.prompts))
     learned = online(first, recipe, folder / "votes", raters, at, clock, points)
-    steps = round((VOTES - FIRST) / (loop.votes * loop.share * loop.prompts))
+    steps = round((loop.budget - FIRST) / (loop.votes * loop.share * loop.prompts))
     recipe = recipe_of(loop, seed, learned, steps)
     recipe["run_online"] |= {"feedback": "hybrid", "selection": {"share": loop.share}, "refresh": {}}
     with_model = recipe | {"train_rm": {"votes": str(folder / "votes"), "model": str(start), **REWARD_MODEL}}
@@ -287,7 +287,7 @@ def online(
             chooser = Chooser(section.selection, recipe.seed)
 
             def affords(groups: int) -> bool:
-                return before + panel.given + groups * loop.votes <= VOTES
+                return before + panel.given + groups * loop.votes <= loop.budget
 
             feedback = HybridFeedback(panel, chooser, live, journal.append, affords=affords, refresher=refreshers[0])
         stream = Stream(
@@ -397,11 +397,18 @@ def work(job: dict[str, Any]) -> list[Point]:
         return (run_trl if loop.trl else run_ours)(loop, job["seed"], Path(job["start"]), Path(folder))
 
 
-def all_at_once(jobs: Sequence[tuple[str, Loop, int]], at_once: int) -> list[Run]:
+def all_at_once(
+    jobs: Sequence[tuple[str, Loop, int]], at_once: int, keep: Callable[[Sequence[Run]], None] = lambda runs: None
+) -> list[Run]:
+    """Runs of all jobs; `keep` gets what there is whenever one has ended, so that hours are not lost with a machine."""
+    runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="votes-to-reward-start-") as folder, ThreadPoolExecutor(at_once) as pool:
         os.environ.update(QUIET)
         start = start_model(Path(folder))
-        return list(pool.map(lambda job: in_process(job[0], job[1], job[2], start), jobs))
+        for run in pool.map(lambda job: in_process(job[0], job[1], job[2], start), jobs):
+            runs.append(run)
+            keep(runs)
+    return runs
 
 
 # What comes out.
@@ -427,23 +434,25 @@ def shown(values: Sequence[float]) -> str:
 def tables(runs: Sequence[Run]) -> str:
     """Means over the seeds with 95 % intervals, as Markdown; differences are paired by seed."""
     of = {name: [r for r in runs if r.loop == name] for name in dict.fromkeys(r.loop for r in runs)}
-    budgets = " | ".join(f"{b:,} votes" for b in BUDGETS)
-    lines = [f"| loop | {budgets} | KL after {VOTES:,}, nats | seconds |"]
-    lines.append("| --- " * (len(BUDGETS) + 3) + "|")
+    spent = max(r.points[-1].votes for r in runs)
+    amounts = [spent / 8, spent / 4, spent / 2, spent]
+    budgets = " | ".join(f"{b:,.0f} votes" for b in amounts)
+    lines = [f"| loop | {budgets} | KL at the end, nats | seconds |"]
+    lines.append("| --- " * (len(amounts) + 3) + "|")
     for name, mine in of.items():
-        cells = [shown([at(r, b) for r in mine]) for b in BUDGETS]
+        cells = [shown([at(r, b) for r in mine]) for b in amounts]
         most = [r.points[-1].kl_nats for r in mine]
         ends = [r.points[-1].wall_s for r in mine]
         lines.append(f"| {name} | {' | '.join(cells)} | {shown(most)} | {statistics.fmean(ends):.0f} |")
     lines += [
         "",
         f"| difference | {budgets} |",
-        "| --- " * (len(BUDGETS) + 1) + "|",
+        "| --- " * (len(amounts) + 1) + "|",
     ]
     for ours, other in COMPARED:
         if ours in of and other in of:
             pairs = list(zip(of[ours], of[other], strict=True))
-            cells = [shown([at(a, b) - at(c, b) for a, c in pairs]) for b in BUDGETS]
+            cells = [shown([at(a, b) - at(c, b) for a, c in pairs]) for b in amounts]
             lines.append(f"| {ours} minus {other} | {' | '.join(cells)} |")
     for other in (name for name in of if LOOPS[name].trl):
         final = statistics.fmean(r.points[-1].reward for r in of[other])
@@ -493,6 +502,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try learning rates on seeds that are not reported")
     parser.add_argument("--only", help="loops whose name contains this")
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time; 1 for honest wall times")
+    parser.add_argument("--votes", type=int, default=VOTES, help="what each run may spend")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--read", type=Path, nargs="+", metavar="FILE", help="runs of earlier calls, not new ones")
@@ -502,7 +512,8 @@ def main() -> None:
     if args.job:
         print(json.dumps([asdict(point) for point in work(json.loads(args.job))]))
         return
-    loops = {name: loop for name, loop in LOOPS.items() if args.only is None or args.only in name}
+    named = {name: loop for name, loop in LOOPS.items() if args.only is None or args.only in name}
+    loops = {name: replace(loop, budget=args.votes) for name, loop in named.items()}
     if args.tune:
         jobs = [
             (f"{name}, {rate:g}", replace(loop, learning_rate=rate), seed)
@@ -511,20 +522,24 @@ def main() -> None:
             for seed in TUNED_ON
         ]
         for run in all_at_once(jobs, args.at_once):
-            rewards = [f"{at(run, budget):.2f}" for budget in BUDGETS]
+            rewards = [f"{at(run, args.votes / part):.2f}" for part in (8, 4, 2, 1)]
             print(f"{run.loop:40} seed {run.seed}: {' '.join(rewards)}, KL at most {run.most_kl_nats:.1f}")
         return
+    versions = {name: metadata.version(name) for name in VERSIONS}
+    settings = {"latency_s": LATENCY_S, "beta": BETA, "first_votes": FIRST, "reward_model": REWARD_MODEL}
+    described = {name: asdict(loop) for name, loop in loops.items()}
+    about = {"versions": versions, "settings": settings, "at_once": args.at_once, "loops": described}
+
+    def keep(runs: Sequence[Run]) -> None:
+        if args.json:
+            write(args.json, about | {"runs": [asdict(run) for run in runs]})
+
     if args.read:
         rows = [row for file in args.read for row in json.loads(file.read_text())["runs"]]
         runs = [Run(**{**row, "points": [Point(**point) for point in row["points"]]}) for row in rows]
     else:
-        runs = all_at_once([(name, loop, seed) for seed in args.seeds for name, loop in loops.items()], args.at_once)
-    if args.json:
-        versions = {name: metadata.version(name) for name in VERSIONS}
-        settings = {"latency_s": LATENCY_S, "beta": BETA, "first_votes": FIRST, "reward_model": REWARD_MODEL}
-        described = {name: asdict(loop) for name, loop in loops.items()}
-        found = {"versions": versions, "settings": settings, "at_once": args.at_once, "loops": described}
-        write(args.json, found | {"runs": [asdict(run) for run in runs]})
+        jobs = [(name, loop, seed) for seed in args.seeds for name, loop in loops.items()]
+        runs = all_at_once(jobs, args.at_once, keep)
     if args.plot:
         plot(runs, args.plot)
     print(tables(runs))
