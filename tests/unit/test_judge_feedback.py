@@ -282,6 +282,17 @@ def test_an_endpoint_that_does_not_count_tokens_cannot_be_counted_against_money(
         assert len(endpoint.bodies) == 2
 
 
+@pytest.mark.parametrize("usage", [{"total_tokens": TOKENS}, {"prompt_tokens": TOKENS - 1, "completion_tokens": 1}])
+def test_tokens_are_counted_however_the_endpoint_tells_them(tmp_path: Path, usage: dict[str, int]) -> None:
+    async def counted(body: Any) -> Response:
+        return JSONResponse({"choices": [{"message": {"content": "A"}}], "usage": usage})
+
+    with served(counted) as endpoint, judged(endpoint.url, tmp_path, **PRICE) as asked:
+        asked.submit(one := group(1, ["a", "bb"]))
+        asked.ranked(one)
+        assert asked.feedback.status()["judge/usd"] == pytest.approx(2 * TOKENS / 1000)
+
+
 # --- the endpoint
 
 
