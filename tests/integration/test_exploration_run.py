@@ -193,9 +193,11 @@ def test_a_group_left_open_by_a_kill_is_set_aside_by_the_next_process(smoke: Smo
     lines = journal.read_text().splitlines(keepends=True)
     first = next(n for n, line in enumerate(lines) if json.loads(line)["event"]["type"] == "group_set_aside")
     journal.write_text("".join(lines[:first]))
+    shutil.rmtree(RunDir(folder).checkpoints, ignore_errors=True)  # of steps that this journal knows nothing of
     (left,) = [group for group in state(folder).open_groups if not group.asks]
 
-    stage("run-online", folder, "--resume", sets=sets)
+    ended = stage("run-online", folder, "--resume", sets=sets)
+    assert ended.code in (0, 7), ended.err  # how far a toy that is cut off again and again gets is not the point
 
     known = state(folder).groups[left.sampled.group_id]
     assert known.set_aside is not None
